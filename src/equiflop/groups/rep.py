@@ -1,0 +1,147 @@
+"""The type of a feature axis: how often each irrep of a group occurs in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from equiflop.groups.group import FiniteGroup, Irrep
+
+
+@dataclass(frozen=True)
+class Block:
+    """One irrep's place on the feature axis: ``[dim, multiplicity]``, row-major, from ``start`` to ``stop``."""
+
+    irrep: Irrep
+    multiplicity: int
+    start: int
+    stop: int
+
+
+class Rep:
+    """A representation of a group as multiplicities of its irreps, and with it the layout of a feature axis.
+
+    The axis holds, irrep after irrep in the order of ``group.irreps``, a block ``[dim, multiplicity]`` stored row-major:
+    all multiplicities of row 0, then of row 1, and so on. A ``Rep`` is immutable, hashable and holds no feature.
+
+    Args:
+        group: the group.
+        multiplicities: one count per irrep, in the order of ``group.irreps``.
+
+    Raises:
+        ValueError: if the number of multiplicities is wrong or one is negative.
+
+    >>> from equiflop.groups import dihedral
+    >>> Rep(dihedral(4), (4, 0, 0, 0, 2))
+    Rep(D4: 4 A1 + 2 E)
+    >>> Rep.regular(dihedral(4), 3).dim
+    24
+    """
+
+    __slots__ = ("group", "multiplicities")
+
+    group: FiniteGroup
+    multiplicities: tuple[int, ...]
+
+    def __init__(self, group: FiniteGroup, multiplicities: Sequence[int]) -> None:
+        counts = tuple(int(m) for m in multiplicities)
+        names = [irrep.name for irrep in group.irreps]
+        if len(counts) != len(names):
+            raise ValueError(
+                f"multiplicities={counts} has {len(counts)} entries; group {group.name} has {len(names)} irreps {names}"
+            )
+        if min(counts) < 0:
+            raise ValueError(f"multiplicities={counts} holds a negative number; counts start at 0")
+        object.__setattr__(self, "group", group)
+        object.__setattr__(self, "multiplicities", counts)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Rep is immutable; cannot set {name!r}")
+
+    def __reduce__(self) -> tuple[type[Rep], tuple[FiniteGroup, tuple[int, ...]]]:
+        return Rep, (self.group, self.multiplicities)
+
+    @classmethod
+    def regular(cls, group: FiniteGroup, n: int) -> Rep:
+        """``n`` copies of the regular representation: every irrep ``n * dim / endomorphism_dim`` times.
+
+        Raises:
+            ValueError: if ``n`` is negative.
+        """
+        if n < 0:
+            raise ValueError(f"n={n} is negative; a Rep has n >= 0 copies of the regular representation")
+        return cls(group, [n * irrep.regular_multiplicity for irrep in group.irreps])
+
+    @classmethod
+    def regular_of_dim(cls, group: FiniteGroup, dim: int, argument: str = "dim") -> Rep:
+        """The multiple of the regular representation of the given dimension; ``argument`` names it in the error.
+
+        Raises:
+            ValueError: if ``dim`` is not a positive multiple of the group's order.
+        """
+        if dim <= 0 or dim % group.order:
+            raise ValueError(f"{argument}={dim} is not divisible by |G|={group.order} (group {group.name})")
+        return cls.regular(group, dim // group.order)
+
+    @classmethod
+    def trivial(cls, group: FiniteGroup, n: int) -> Rep:
+        """``n`` invariant channels."""
+        return cls(group, [n] + [0] * (len(group.irreps) - 1))
+
+    @property
+    def dim(self) -> int:
+        """Length of the feature axis."""
+        return sum(irrep.dim * m for irrep, m in zip(self.group.irreps, self.multiplicities, strict=True))
+
+    @property
+    def regular_copies(self) -> int | None:
+        """How many copies of the regular representation this is, or None if it is not a multiple of it."""
+        n = self.multiplicities[0]
+        return n if self.multiplicities == Rep.regular(self.group, n).multiplicities else None
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks of the axis, one per irrep, empty ones included."""
+        start = 0
+        for irrep, multiplicity in zip(self.group.irreps, self.multiplicities, strict=True):
+            stop = start + irrep.dim * multiplicity
+            yield Block(irrep, multiplicity, start, stop)
+            start = stop
+
+    def matrix(self, a: int) -> torch.Tensor:
+        """The action of element ``a`` on the feature axis, shape ``(dim, dim)``, float64 on the CPU."""
+        blocks = [
+            torch.kron(block.irrep.matrix(a), torch.eye(block.multiplicity, dtype=torch.float64, device="cpu"))
+            for block in self.blocks()
+        ]
+        return torch.block_diag(*[block for block in blocks if block.numel()]).reshape(self.dim, self.dim)
+
+    def __add__(self, other: Rep) -> Rep:
+        """The direct sum (its axis is ordered by irrep, so it is not the two axes one after the other)."""
+        if not isinstance(other, Rep):
+            return NotImplemented
+        if self.group != other.group:
+            raise ValueError(f"cannot add a Rep of {self.group.name} and one of {other.group.name}")
+        return Rep(self.group, [a + b for a, b in zip(self.multiplicities, other.multiplicities, strict=True)])
+
+    def __mul__(self, n: int) -> Rep:
+        """``n`` copies."""
+        return Rep(self.group, [n * m for m in self.multiplicities])
+
+    __rmul__ = __mul__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rep) and self.multiplicities == other.multiplicities and self.group == other.group
+
+    def __hash__(self) -> int:
+        return hash((self.group, self.multiplicities))
+
+    def __str__(self) -> str:
+        terms = [
+            f"{m} {irrep.name}" for irrep, m in zip(self.group.irreps, self.multiplicities, strict=True) if m
+        ]
+        return f"{self.group.name}: {' + '.join(terms) or '0'}"
+
+    def __repr__(self) -> str:
+        return f"Rep({self})"
