@@ -1,0 +1,2 @@
+"""equiflop: vision networks that are equivariant to a symmetry group and, because of it, cheaper."""
+

@@ -1,0 +1,310 @@
+"""Groups that act on images, and what they do to a grid of pixels or tokens.
+
+Coordinates: ``x`` points right along columns, ``y`` up against rows, the origin is the centre of the grid. An element
+``g`` moves the value at position ``p`` to ``g p``: ``(g I)[g p] = I[p]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+from equiflop.groups import FiniteGroup, FourierPlan, Irrep, Rep, cyclic, dihedral, direct_product, flop, fourier_plan
+
+
+class ImageGroup(FiniteGroup):
+    """A finite group with a signed 2x2 permutation matrix per element: how it moves ``(x, y)`` on the image plane.
+
+    Args:
+        group: the abstract group.
+        matrices: shape ``(order, 2, 2)``; entries 0, 1, -1, one non-zero entry in every row and column.
+        name: what it is called in messages; by default the group's name.
+
+    Raises:
+        ValueError: if the matrices are not signed permutations or do not multiply like the group's elements.
+
+    >>> ImageGroup(flop(), [[[1, 0], [0, 1]], [[-1, 0], [0, 1]]]).swaps_axes
+    False
+    """
+
+    def __init__(
+        self, group: FiniteGroup, matrices: Sequence[Sequence[Sequence[int]]] | np.ndarray, name: str | None = None
+    ) -> None:
+        super().__init__(group.table, lambda _: group.irreps, name or group.name)
+        self.matrices = _checked_matrices(group, np.array(matrices))
+        self.matrices.setflags(write=False)
+
+    @cached_property
+    def swaps_axes(self) -> bool:
+        """Whether some element exchanges height and width (quarter turns and diagonal mirrors)."""
+        return any(self.swaps_axes_by(a) for a in range(self.order))
+
+    def swaps_axes_by(self, a: int) -> bool:
+        """Whether element ``a`` exchanges height and width."""
+        return bool(self.matrices[a, 0, 0] == 0)
+
+    def act_on_grid(self, a: int, height: int, width: int) -> np.ndarray:
+        """Where element ``a`` moves the points of a grid: raster index of ``a p`` for every raster index ``p``.
+
+        Indices of the result refer to the moved grid, which is ``width x height`` if ``a`` swaps the axes.
+
+        Returns:
+            integers, shape ``(height * width,)``.
+        """
+        rows, columns = np.divmod(np.arange(height * width), width)
+        x, y = self.matrices[a] @ np.stack([2 * columns - (width - 1), (height - 1) - 2 * rows])
+        new_height, new_width = (width, height) if self.swaps_axes_by(a) else (height, width)
+        return ((new_height - 1 - y) // 2) * new_width + (x + new_width - 1) // 2
+
+    def act_on_image(self, a: int, image: torch.Tensor) -> torch.Tensor:
+        """Apply element ``a`` to an image: shape ``(..., H, W)`` to ``(..., H, W)``, or ``(..., W, H)`` if it swaps axes."""
+        if self.swaps_axes_by(a):
+            image = image.transpose(-1, -2).flip(-1, -2)
+            signs = self.matrices[a][[0, 1], [1, 0]]
+        else:
+            signs = self.matrices[a][[0, 1], [0, 1]]
+        dims = [dim for dim, sign in zip((-1, -2), signs.tolist(), strict=True) if sign < 0]
+        return image.flip(dims) if dims else image
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, ImageGroup) and not np.array_equal(self.matrices, other.matrices):
+            return False
+        return super().__eq__(other)
+
+    __hash__ = FiniteGroup.__hash__
+
+
+@lru_cache(maxsize=16)
+def named_image_group(name: str) -> ImageGroup:
+    """The image group of a name: ``flop``, ``updown``, ``flips``, ``rot4`` or ``octic``.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    mirror, upside_down, turn = np.diag([-1, 1]), np.diag([1, -1]), np.array([[0, -1], [1, 0]])
+    identity = np.eye(2, dtype=np.int64)
+    turns = np.stack([np.linalg.matrix_power(turn, k) for k in range(4)])
+    if name == "flop":
+        return ImageGroup(flop(), np.stack([identity, mirror]), "flop")
+    if name == "updown":
+        return ImageGroup(flop(), np.stack([identity, upside_down]), "updown")
+    if name == "flips":
+        return ImageGroup(
+            direct_product(flop(), flop()), np.stack([identity, upside_down, mirror, mirror @ upside_down]), "flips"
+        )
+    if name == "rot4":
+        return ImageGroup(cyclic(4), turns, "rot4")
+    if name == "octic":
+        return ImageGroup(dihedral(4), np.concatenate([turns, mirror @ turns]), "octic")
+    raise ValueError(f"group={name!r} is unknown; choose from {', '.join(NAMED_IMAGE_GROUPS)} or give an ImageGroup")
+
+
+#: Names that :func:`named_image_group` knows.
+NAMED_IMAGE_GROUPS = ("flop", "updown", "flips", "rot4", "octic")
+
+
+def as_image_group(group: str | ImageGroup) -> ImageGroup:
+    """The group itself, or the one of that name.
+
+    Raises:
+        ValueError: if the name is unknown.
+        TypeError: if it is neither a name nor an :class:`ImageGroup`.
+    """
+    if isinstance(group, ImageGroup):
+        return group
+    if isinstance(group, str):
+        return named_image_group(group)
+    raise TypeError(f"group={group!r} is not an ImageGroup; give one of {', '.join(NAMED_IMAGE_GROUPS)} or an ImageGroup")
+
+
+@dataclass(frozen=True)
+class Orbit:
+    """Points that the group moves into each other.
+
+    Attributes:
+        points: raster indices of the points, the representative first.
+        movers: for every point an element that moves the representative there.
+        images: where each element of the group moves the representative, shape ``(order,)``.
+        stabiliser: the elements that leave the representative in place.
+    """
+
+    points: tuple[int, ...]
+    movers: tuple[int, ...]
+    images: np.ndarray
+    stabiliser: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def grid_orbits(group: ImageGroup, height: int, width: int) -> tuple[Orbit, ...]:
+    """The orbits of a grid, by their first point in raster order, which is the representative.
+
+    Raises:
+        ValueError: if the group swaps the axes and the grid is not square.
+    """
+    if group.swaps_axes and height != width:
+        raise ValueError(f"group {group.name} swaps height and width, so it does not act on a {height}x{width} grid")
+    moved = np.stack([group.act_on_grid(a, height, width) for a in range(group.order)])
+    orbits = []
+    seen = np.zeros(height * width, dtype=bool)
+    for start in range(height * width):
+        if seen[start]:
+            continue
+        images = moved[:, start]
+        points, movers = np.unique(images, return_index=True)
+        first = np.argsort(points != start, kind="stable")
+        seen[points] = True
+        orbits.append(
+            Orbit(
+                tuple(points[first].tolist()),
+                tuple(movers[first].tolist()),
+                images,
+                tuple(np.flatnonzero(images == start).tolist()),
+            )
+        )
+    return tuple(orbits)
+
+
+def fixed_vectors(irrep: Irrep, subgroup: Sequence[int]) -> np.ndarray:
+    """Vectors ``u_k`` such that ``{J_a u_k}`` is an orthonormal basis of the vectors that a subgroup leaves fixed.
+
+    Each is the normalised projection of a basis vector where that is possible.
+
+    Returns:
+        shape ``(dim, k)``, float64.
+    """
+    projector = np.mean(irrep.matrices[list(subgroup)], axis=0)
+    span = np.zeros((irrep.dim, 0))
+    chosen = []
+    for vector in projector.T:
+        vector = vector - span @ (span.T @ vector)
+        size = float(np.linalg.norm(vector))
+        if size > 1e-6:
+            chosen.append(vector / size)
+            span = np.column_stack([span, (irrep.endomorphisms @ chosen[-1]).T])
+    return np.column_stack(chosen) if chosen else np.zeros((irrep.dim, 0))
+
+
+@dataclass(frozen=True)
+class _Coordinate:
+    """One multiplicity of an irrep in the permutation representation of a grid."""
+
+    orbit: int
+    vector: np.ndarray  # the fixed vector u, shape (dim,)
+
+
+class GridDecomposition:
+    """The permutation representation of a group on the points of a grid, decomposed into irreps.
+
+    An orbit with stabiliser S contains an irrep as often as S leaves vectors of it fixed (Frobenius reciprocity).
+    Within an irrep, the multiplicities of the free orbits come first (basis vector slow, orbit fast), then those of the
+    other orbits.
+
+    Args:
+        group: the group.
+        height: rows of the grid.
+        width: columns of the grid.
+
+    Raises:
+        ValueError: if the group does not act on a grid of this shape.
+    """
+
+    def __init__(self, group: ImageGroup, height: int, width: int) -> None:
+        self.group = group
+        self.size = (height, width)
+        self.orbits = grid_orbits(group, height, width)
+        self._coordinates = [self._coordinates_of(irrep) for irrep in group.irreps]
+        self.rep = Rep(group, [len(coordinates) for coordinates in self._coordinates])
+
+    @cached_property
+    def matrix(self) -> np.ndarray:
+        """The orthogonal change of basis, points to the layout of ``rep``: shape ``(points, points)``, float64."""
+        n = self.size[0] * self.size[1]
+        matrix = np.zeros((n, n))
+        for block, coordinates in zip(self.rep.blocks(), self._coordinates, strict=True):
+            for k, coordinate in enumerate(coordinates):
+                orbit = self.orbits[coordinate.orbit]
+                rows = block.start + block.multiplicity * np.arange(block.irrep.dim) + k
+                values = block.irrep.matrices[list(orbit.movers)] @ coordinate.vector
+                scale = np.sqrt(block.irrep.dim / len(orbit.points))
+                matrix[np.ix_(rows, list(orbit.points))] = scale * values.T
+        return matrix
+
+    @cached_property
+    def fast_plan(self) -> GridPlan | None:
+        """The same change of basis by additions, or None where the group has no :class:`FourierPlan` that fits."""
+        plan = fourier_plan(self.group)
+        if plan is None:
+            return None
+        gather = np.stack([orbit.images for orbit in self.orbits], axis=1)
+        picked, scales = [], []
+        row_of_irrep = 0
+        for irrep, coordinates in zip(self.group.irreps, self._coordinates, strict=True):
+            columns = irrep.regular_multiplicity
+            for i in range(irrep.dim):
+                for coordinate in coordinates:
+                    stabiliser = list(self.orbits[coordinate.orbit].stabiliser)
+                    projected = np.mean(irrep.matrices[stabiliser], axis=0)[:, :columns]
+                    overlap = coordinate.vector @ projected
+                    sizes = np.linalg.norm(projected, axis=0)
+                    parallel = np.flatnonzero((np.abs(np.abs(overlap) - sizes) < 1e-9) & (sizes > 1e-6))
+                    if not parallel.size:
+                        return None
+                    j = int(parallel[0])
+                    row = row_of_irrep + i * columns + j
+                    picked.append(row * len(self.orbits) + coordinate.orbit)
+                    scales.append(plan.scale[row] * np.sign(overlap[j]) / (np.sqrt(len(stabiliser)) * sizes[j]))
+            row_of_irrep += irrep.dim * columns
+        return GridPlan(plan, gather, np.array(picked), np.array(scales))
+
+    def _coordinates_of(self, irrep: Irrep) -> list[_Coordinate]:
+        free = [i for i, orbit in enumerate(self.orbits) if len(orbit.stabiliser) == 1]
+        vectors = fixed_vectors(irrep, [0])
+        coordinates = [_Coordinate(i, vector) for vector in vectors.T for i in free]
+        for i, orbit in enumerate(self.orbits):
+            if len(orbit.stabiliser) > 1:
+                coordinates += [_Coordinate(i, vector) for vector in fixed_vectors(irrep, orbit.stabiliser).T]
+        return coordinates
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """How to decompose a grid by additions: gather every orbit's images, transform over the group, pick and scale.
+
+    Attributes:
+        fourier: the transform over the group.
+        gather: point of each group element and orbit, shape ``(order, orbits)``.
+        pick: for each coordinate its index among the ``order * orbits`` transformed values.
+        scale: factor per coordinate, the transform's own scale included.
+    """
+
+    fourier: FourierPlan
+    gather: np.ndarray
+    pick: np.ndarray
+    scale: np.ndarray
+
+
+@lru_cache(maxsize=256)
+def grid_decomposition(group: ImageGroup, height: int, width: int) -> GridDecomposition:
+    """The decomposition of a grid, computed once per group and size."""
+    return GridDecomposition(group, height, width)
+
+
+def _checked_matrices(group: FiniteGroup, matrices: np.ndarray) -> np.ndarray:
+    if matrices.shape != (group.order, 2, 2):
+        raise ValueError(f"matrices has shape {matrices.shape}; group {group.name} needs ({group.order}, 2, 2)")
+    whole = np.rint(matrices).astype(np.int64)
+    magnitude = np.abs(whole)
+    if not (
+        np.array_equal(whole, matrices)
+        and magnitude.max() <= 1
+        and (magnitude.sum(axis=1) == 1).all()
+        and (magnitude.sum(axis=2) == 1).all()
+    ):
+        raise ValueError("matrices must be signed permutations: one entry 1 or -1 in every row and column, else 0")
+    if not np.array_equal(np.einsum("aij,bjk->abik", whole, whole), whole[group.table]):
+        raise ValueError(f"matrices do not multiply like the elements of {group.name}")
+    return whole

@@ -1,0 +1,373 @@
+"""E(ViT): timm's vision transformer with equivariant blocks, as a thin subclass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from timm.layers import LayerNorm as PlainLayerNorm
+from timm.layers import get_act_layer
+from timm.models._input import update_model_args, update_model_input_size
+from timm.models.vision_transformer import Block as PlainBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from equiflop.grids import ImageGroup, as_image_group, named_image_group
+from equiflop.groups import Rep
+from equiflop.models.transition import FirstPlainBlock, ToInvariants, ToRegular
+from equiflop.nn import Block, Invariants, LayerNorm, Linear, PatchEmbed, PositionEmbedding
+from equiflop.nn.invariants import InvariantKind
+from equiflop.nn.norm import Weighting
+
+#: ``equivariant``: every block; ``hybrid``: the first blocks, then plain ones on the same channels; ``invariant``: the
+#: first blocks, then plain ones on invariants.
+Design = Literal["equivariant", "hybrid", "invariant"]
+
+
+class EquivariantVisionTransformer(VisionTransformer):
+    """A ViT whose features transform under a group of image symmetries.
+
+    Between blocks features are plain ``(B, N, C)`` tensors; the channels are ordered by ``self.rep`` (in blocks before
+    ``self.equivariant_depth``). Keywords of timm's ``VisionTransformer`` keep their meaning; those of our own are:
+
+    Args:
+        group: ``"flop"``, ``"updown"``, ``"flips"``, ``"rot4"``, ``"octic"`` or an :class:`~equiflop.ImageGroup`.
+        design: see :data:`Design`.
+        equivariant_depth: number of equivariant blocks, counted from the image; for hybrid and invariant designs.
+        invariants: ``"trivial"`` or ``"norm"``: what the head sees, or what the plain blocks of an invariant design see.
+        norm_eps: ``eps`` of the equivariant layer norms; by default as published, 1e-6 / 2 for the mirror group, else 1e-6.
+        norm_weighting: see :class:`equiflop.nn.LayerNorm`.
+
+    Raises:
+        ValueError: if width, heads or image size do not fit the group, or a pooling would break the symmetry.
+
+    Source: Bökman et al., arXiv 2502.05169, section 4.
+    """
+
+    pos_embed: PositionEmbedding | None
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        init_values: float | None = 1e-4,
+        class_token: bool = True,
+        pos_embed: str = "learn",
+        no_embed_class: bool = True,
+        reg_tokens: int = 0,
+        pre_norm: bool = False,
+        final_norm: bool = True,
+        fc_norm: bool | None = None,
+        pool_include_prefix: bool = False,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        weight_init: Literal["", "skip", "reset"] = "",
+        fix_init: bool = False,
+        act_layer: str | type[nn.Module] | None = None,
+        group: str | ImageGroup = "flop",
+        design: Design = "equivariant",
+        equivariant_depth: int | None = None,
+        invariants: InvariantKind | None = None,
+        norm_eps: float | None = None,
+        norm_weighting: Weighting = "entries",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        group = as_image_group(group)
+        _check_arguments(design, global_pool, class_token, pos_embed, weight_init, dynamic_img_pad, invariants)
+        equivariant_depth = _equivariant_depth(design, equivariant_depth, depth)
+        _check_image_size(group, img_size, dynamic_img_size)
+        rep = Rep.regular_of_dim(group, embed_dim, "embed_dim")
+        is_flop = group == named_image_group("flop")
+        eps = norm_eps if norm_eps is not None else (0.5e-6 if is_flop else 1e-6)
+        dd = {"device": device, "dtype": dtype}
+
+        def norm_layer(dim: int, **options: object) -> LayerNorm:
+            return LayerNorm(rep, eps, weighting=norm_weighting, **dd)
+
+        def transition() -> nn.Module:
+            if design == "invariant":
+                return ToInvariants(rep, invariants or "norm", **dd)
+            return ToRegular(rep) if group.order == 2 else nn.Identity()
+
+        def block(depth: int, **options: object) -> nn.Module:
+            if depth < equivariant_depth:
+                shared = ("num_heads", "mlp_ratio", "qkv_bias", "proj_bias", "proj_drop", "attn_drop", "init_values")
+                act = get_act_layer(act_layer)() if act_layer is not None else None
+                return Block(
+                    rep,
+                    **{name: options[name] for name in (*shared, "drop_path")},
+                    act=act,
+                    norm_eps=eps,
+                    norm_weighting=norm_weighting,
+                    **dd,
+                )
+            options["norm_layer"] = partial(PlainLayerNorm, eps=1e-6)
+            if depth > equivariant_depth:
+                return PlainBlock(depth=depth, **options)
+            first = FirstPlainBlock(depth=depth, **options)
+            first.enter = transition()
+            return first
+
+        def embed_layer(embed_dim: int, dynamic_img_pad: bool, output_fmt: str = "NLC", **options: object) -> PatchEmbed:
+            return PatchEmbed(rep, group, output_fmt=output_fmt, **options)
+
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            init_values=init_values,
+            class_token=class_token,
+            pos_embed="none",
+            no_embed_class=no_embed_class,
+            reg_tokens=reg_tokens,
+            pre_norm=pre_norm,
+            final_norm=final_norm,
+            fc_norm=fc_norm,
+            pool_include_prefix=pool_include_prefix,
+            dynamic_img_size=dynamic_img_size,
+            drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            patch_drop_rate=patch_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+            weight_init="skip",
+            fix_init=fix_init,
+            embed_layer=embed_layer,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            block_fn=block,
+            **dd,
+        )
+        self.group = group
+        self.rep = rep
+        self.design = design
+        self.equivariant_depth = equivariant_depth
+        trivial = rep.multiplicities[0]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, trivial, **dd)) if class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, trivial, **dd)) if reg_tokens else None
+        if pos_embed == "learn":
+            embedded_prefix = 0 if no_embed_class else self.num_prefix_tokens
+            self.pos_embed = PositionEmbedding(rep, group, self.patch_embed.grid_size, embedded_prefix, **dd)
+        if design == "equivariant":
+            self.invariants: nn.Module = Invariants(rep, invariants or "trivial")
+            self.head_hidden_size = self.invariants.out_features
+        else:
+            self.invariants = nn.Identity()
+            self._make_final_norms_plain(transition, equivariant_depth == depth, dd)
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    def _make_final_norms_plain(self, transition: Callable[[], nn.Module], no_plain_block: bool, dd: dict) -> None:
+        for name in ("norm", "fc_norm"):
+            if not isinstance(getattr(self, name), nn.Identity):
+                setattr(self, name, PlainLayerNorm(self.embed_dim, eps=1e-6, **dd))
+        if no_plain_block:
+            self.norm = nn.Sequential(transition(), self.norm)
+
+    def feature_rep(self, block: int) -> Rep | None:
+        """Type of the features after block ``block`` (-1: before the first), or None where they are plain."""
+        equivariant = block < self.equivariant_depth or block < 0
+        return self.rep if equivariant else None
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialise as published: linear maps, position embedding and class token truncated normal 0.02, biases 0.
+
+        Args:
+            mode: ``""``, or ``"reset"`` to use every layer's own initialisation.
+            needs_reset: whether layers that initialised themselves when they were made are reset as well.
+
+        Raises:
+            ValueError: if the mode is unknown.
+        """
+        mode = mode or self.weight_init_mode
+        if mode not in ("", "reset"):
+            raise ValueError(f"weight_init={mode!r} is not supported; choose '', 'skip' or 'reset'")
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)
+        for name, module in self.named_modules():
+            is_linear = isinstance(module, (Linear, nn.Linear)) and not name.startswith("patch_embed")
+            if is_linear and mode == "":
+                weights = [module.weight] if isinstance(module, nn.Linear) else [w for _, w in module.weights()]
+                for weight in weights:
+                    nn.init.trunc_normal_(weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if self.fix_init:
+            self.fix_init_weight()
+
+    @torch.no_grad()
+    def fix_init_weight(self) -> None:
+        """Scale the last linear map of every branch by ``1 / sqrt(2 * layer)``."""
+        for layer, block in enumerate(self.blocks, start=1):
+            for linear in (block.attn.proj, block.mlp.fc2):
+                for parameter in linear.parameters():
+                    if parameter.ndim == 2:
+                        parameter.div_(math.sqrt(2.0 * layer))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay."""
+        names = {"cls_token", "reg_token"}
+        if self.pos_embed is not None:
+            names |= {f"pos_embed.{name}" for name, _ in self.pos_embed.named_parameters()}
+        return names
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head; see timm.
+
+        Raises:
+            ValueError: if the pooling would break the symmetry or needs a class token that is not there.
+        """
+        if global_pool is not None:
+            _check_pooling(self.design, global_pool, self.has_class_token)
+            self.global_pool = global_pool
+            update_model_args(self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
+        weight = next(self.parameters())
+        self.num_classes = num_classes
+        self.head = (
+            nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+            if num_classes > 0
+            else nn.Identity()
+        )
+        self.head.train(self.training)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Accept images of another size from now on; the position embedding is resampled and stays equivariant.
+
+        Raises:
+            ValueError: if the size is not a whole number of patches or does not fit the group, or for another patch size.
+        """
+        if img_size is not None:
+            _check_image_size(self.group, img_size, self.dynamic_img_size)
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size, patch_size)
+        if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
+            self.pos_embed = self.pos_embed.resized(self.patch_embed.grid_size)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        grid = tuple(x.shape[1:3]) if self.dynamic_img_size else None
+        if self.dynamic_img_size:
+            x = x.flatten(1, 2)
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        pad = (0, self.embed_dim - self.rep.multiplicities[0])
+        prefix = [nn.functional.pad(token, pad).expand(len(x), -1, -1) for token in prefix]
+        if self.pos_embed is None:
+            return torch.cat([*prefix, x], dim=1)
+        pos_embed = self.pos_embed(grid)
+        if self.no_embed_class:
+            x = torch.cat([*prefix, x + pos_embed], dim=1)
+        else:
+            x = torch.cat([*prefix, x], dim=1) + pos_embed
+        return self.pos_drop(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooling, norm, invariants and classifier.
+
+        Args:
+            x: features, shape ``(B, N, embed_dim)``.
+            pre_logits: return the invariant features, shape ``(B, head_hidden_size)``, instead of the logits.
+        """
+        x = self.head_drop(self.invariants(self.fc_norm(self.pool(x))))
+        return x if pre_logits else self.head(x)
+
+
+def _check_arguments(
+    design: str,
+    global_pool: str,
+    class_token: bool,
+    pos_embed: str,
+    weight_init: str,
+    dynamic_img_pad: bool,
+    invariants: str | None,
+) -> None:
+    if design not in ("equivariant", "hybrid", "invariant"):
+        raise ValueError(f"design={design!r} is unknown; choose 'equivariant', 'hybrid' or 'invariant'")
+    if design == "hybrid" and invariants is not None:
+        raise ValueError(
+            f"invariants={invariants!r} does not apply to a hybrid model: its plain blocks take all channels as they are"
+        )
+    if pos_embed not in ("learn", "none", ""):
+        raise ValueError(f"pos_embed={pos_embed!r} is unknown; choose 'learn' or 'none'")
+    if weight_init not in ("", "skip", "reset"):
+        raise ValueError(f"weight_init={weight_init!r} is not supported; choose '', 'skip' or 'reset'")
+    if dynamic_img_pad:
+        raise ValueError("dynamic_img_pad=True pads one side only, which breaks the symmetry; pad or resize the image")
+    _check_pooling(design, global_pool, class_token)
+
+
+def _check_pooling(design: str, global_pool: str, class_token: bool) -> None:
+    reasons = {
+        "max": "the maximum of a sign-flipping channel is not equivariant",
+        "avgmax": "the maximum of a sign-flipping channel is not equivariant",
+        "map": "its attention mixes channels of different irreps",
+        "prr": "its attention mixes channels of different irreps",
+    }
+    if global_pool in reasons:
+        if design == "equivariant":
+            raise ValueError(
+                f"global_pool={global_pool!r} breaks the symmetry: {reasons[global_pool]}; use 'token' or 'avg'"
+            )
+        if global_pool in ("map", "prr"):
+            raise ValueError(f"global_pool={global_pool!r} is not supported; use 'token', 'avg', 'avgmax' or 'max'")
+    elif global_pool not in ("", "avg", "token"):
+        raise ValueError(f"global_pool={global_pool!r} is unknown; use 'token', 'avg' or ''")
+    if global_pool == "token" and not class_token:
+        raise ValueError("global_pool='token' needs class_token=True; use 'avg' without a class token")
+
+
+def _equivariant_depth(design: str, equivariant_depth: int | None, depth: int) -> int:
+    if design == "equivariant":
+        if equivariant_depth not in (None, depth):
+            raise ValueError(
+                f"equivariant_depth={equivariant_depth} applies to hybrid and inv models; this one is equivariant in all {depth} blocks"
+            )
+        return depth
+    if equivariant_depth is None:
+        return depth // 2
+    if not 0 <= equivariant_depth <= depth:
+        raise ValueError(f"equivariant_depth={equivariant_depth} is not in 0..depth={depth}")
+    return equivariant_depth
+
+
+def _check_image_size(group: ImageGroup, img_size: int | tuple[int, int], dynamic_img_size: bool) -> None:
+    if group.swaps_axes and not dynamic_img_size and not isinstance(img_size, int) and img_size[0] != img_size[1]:
+        raise ValueError(
+            f"img_size={tuple(img_size)} is not square, which group {group.name!r} needs since it swaps height and "
+            "width; use group 'flips', or dynamic_img_size=True"
+        )

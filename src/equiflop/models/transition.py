@@ -1,0 +1,83 @@
+"""Where a network stops being equivariant: from features with a Rep to the plain channels of the blocks behind."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block as PlainBlock
+from torch import Tensor, nn
+
+from equiflop.groups import Rep
+from equiflop.nn import Invariants, split
+from equiflop.nn.invariants import InvariantKind
+
+#: What stands between the equivariant and the plain blocks.
+Basis = Literal["regular", "irreps"]
+
+
+class ToRegular(nn.Module):
+    """Inverse group Fourier transform: from irreps to the spatial domain, ``|G|`` chunks that the group permutes.
+
+    Args:
+        rep: a multiple of the regular representation whose transform consists of additions.
+
+    Shape: ``(..., rep.dim)`` to the same.
+    """
+
+    def __init__(self, rep: Rep) -> None:
+        super().__init__()
+        from equiflop.groups import fourier_plan
+
+        plan = fourier_plan(rep.group)
+        if plan is None or not rep.regular_copies:
+            raise ValueError(f"rep={rep!r} has no Fourier transform by additions, which the regular basis needs")
+        self.rep = rep
+        self.plan = plan
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.unflatten(-1, (self.rep.group.order, -1)).unbind(-2)
+        scaled = [row * scale for row, scale in zip(rows, self.plan.scale, strict=True)]
+        return torch.cat(self.plan.synthesise(scaled), dim=-1)
+
+
+class ToInvariants(nn.Module):
+    """Invariants, brought to ``rep.dim`` channels by a linear map where their number differs.
+
+    Args:
+        rep: type of the features.
+        kind: which invariants.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape: ``(..., rep.dim)`` to the same.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        kind: InvariantKind,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.invariants = Invariants(rep, kind)
+        count = self.invariants.out_features
+        self.proj = nn.Identity() if count == rep.dim else nn.Linear(count, rep.dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.invariants(x))
+
+
+class FirstPlainBlock(PlainBlock):
+    """timm's transformer block behind the transition from equivariant to plain features.
+
+    A subclass, not a wrapper, so that parameter names are those of timm's block.
+    """
+
+    enter: nn.Module
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return super().forward(self.enter(x), attn_mask=attn_mask, is_causal=is_causal)

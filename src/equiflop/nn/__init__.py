@@ -1,0 +1,34 @@
+"""Equivariant layers: plain tensors in and out, the type of their axes (``Rep``) kept in the module."""
+
+from equiflop.nn.activation import FourierActivation
+from equiflop.nn.attention import Attention
+from equiflop.nn.block import Block
+from equiflop.nn.blocks import join, split
+from equiflop.nn.dropout import Dropout
+from equiflop.nn.fixed import FixedTensors
+from equiflop.nn.grid import GridTransform
+from equiflop.nn.invariants import Invariants
+from equiflop.nn.linear import Linear
+from equiflop.nn.mlp import Mlp
+from equiflop.nn.norm import LayerNorm, LayerScale
+from equiflop.nn.patch_embed import PatchEmbed
+from equiflop.nn.pos_embed import PositionEmbedding, act_on_channels
+
+__all__ = [
+    "Attention",
+    "Block",
+    "Dropout",
+    "FixedTensors",
+    "FourierActivation",
+    "GridTransform",
+    "Invariants",
+    "LayerNorm",
+    "LayerScale",
+    "Linear",
+    "Mlp",
+    "PatchEmbed",
+    "PositionEmbedding",
+    "act_on_channels",
+    "join",
+    "split",
+]

@@ -1,0 +1,90 @@
+"""Pointwise nonlinearities in the spatial domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from equiflop.groups import Rep, fourier_matrix, fourier_plan
+from equiflop.nn.blocks import join, split
+from equiflop.nn.fixed import FixedTensors
+
+
+class FourierActivation(FixedTensors):
+    """A pointwise function in the spatial domain, where the group only permutes, between two Fourier transforms.
+
+    For groups whose transform factorises into additions (all the named image groups) no matrix product is made. The
+    transforms are orthogonal. Bökman et al., arXiv 2502.05169, section 3.
+
+    Args:
+        rep: type of the feature axis; a multiple of the regular representation.
+        act: the function, a module or any elementwise callable.
+        device: where the constants are made.
+        dtype: dtype of the constants.
+
+    Raises:
+        ValueError: if ``rep`` is not a multiple of the regular representation.
+
+    Shape: ``(..., rep.dim)`` to the same.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        act: Callable[[Tensor], Tensor] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        copies = rep.regular_copies
+        if not copies:
+            raise ValueError(f"rep={rep!r} is not a multiple of the regular representation, which FourierActivation needs")
+        self.rep = rep
+        self.copies = copies
+        self.act = nn.GELU() if act is None else act
+        self.plan = fourier_plan(rep.group)
+        if self.plan is None:
+            self.fix("fourier", fourier_matrix(rep.group), device, dtype)
+
+    @property
+    def macs_per_vector(self) -> int:
+        """MACs of the transforms for one vector: 0 where they are additions, else ``2 |G|`` per channel."""
+        return 0 if self.plan is not None else 2 * self.rep.group.order * self.rep.dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.plan is None:
+            rows = x.unflatten(-1, (self.rep.group.order, self.copies))
+            return (self.fourier.to(x.dtype) @ self.act(self.fourier.mT.to(x.dtype) @ rows)).flatten(-2)
+        return torch.stack(self._activate(split(x, self.rep)), dim=-2).flatten(-2)
+
+    def forward_blocks(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """The same function on a feature that is taken apart: ``(..., d, multiplicity)`` per irrep in and out."""
+        if self.plan is None:
+            return split(self.forward(join(blocks)), self.rep)
+        rows = iter(self._activate(blocks))
+        outputs = []
+        for irrep in self.rep.group.irreps:
+            count = irrep.dim * irrep.regular_multiplicity
+            stacked = torch.stack([next(rows) for _ in range(count)], dim=-2)
+            outputs.append(stacked.unflatten(-2, (irrep.dim, -1)).flatten(-2))
+        return outputs
+
+    def _activate(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Rows of the Fourier matrix, each ``(..., copies)``, of the activated feature."""
+        assert self.plan is not None
+        rows = [
+            row
+            for block, irrep in zip(blocks, self.rep.group.irreps, strict=True)
+            for row in block.unflatten(-1, (irrep.regular_multiplicity, self.copies)).flatten(-3, -2).unbind(-2)
+        ]
+        scales = self.plan.scale
+        values = self.plan.synthesise([row * scale for row, scale in zip(rows, scales, strict=True)])
+        activated = self.act(torch.stack(values)).unbind(0)
+        return [row * scale for row, scale in zip(self.plan.analyse(activated), scales, strict=True)]
+
+    def extra_repr(self) -> str:
+        path = "additions" if self.plan is not None else "matrix products"
+        return f"{self.rep}, transforms by {path}"

@@ -1,0 +1,93 @@
+"""Equivariant transformer block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from equiflop.groups import Rep
+from equiflop.nn.attention import Attention
+from equiflop.nn.mlp import Mlp
+from equiflop.nn.norm import LayerNorm, LayerScale, Weighting
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, the equivariant twin of timm's ``Block``.
+
+    Args:
+        rep: type of the feature axis.
+        num_heads: heads of the attention; must divide every multiplicity.
+        mlp_ratio: width of the MLP over ``rep.dim``; the hidden width must be a multiple of the group's order.
+        qkv_bias: whether queries, keys and values have a bias.
+        proj_bias: whether the projections of attention and MLP have a bias.
+        proj_drop: dropout after the projections.
+        attn_drop: dropout of attention weights.
+        init_values: initial layer scale; None or 0 for no layer scale.
+        drop_path: probability to drop a branch, per sample.
+        act: the pointwise function of the MLP; GELU by default.
+        norm_eps: ``eps`` of the layer norms.
+        norm_weighting: ``weighting`` of the layer norms.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: if heads or hidden width do not fit the Rep.
+
+    Shape: ``(B, N, rep.dim)`` to the same.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        act: Callable[[Tensor], Tensor] | None = None,
+        norm_eps: float = 1e-6,
+        norm_weighting: Weighting = "entries",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_rep = Rep.regular_of_dim(rep.group, int(rep.dim * mlp_ratio), f"int({rep.dim} * mlp_ratio)")
+
+        def norm() -> LayerNorm:
+            return LayerNorm(rep, norm_eps, weighting=norm_weighting, device=device, dtype=dtype)
+
+        def scale() -> nn.Module:
+            return LayerScale(rep, init_values, device=device, dtype=dtype) if init_values else nn.Identity()
+
+        def path() -> nn.Module:
+            return DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+        self.rep = rep
+        self.norm1 = norm()
+        self.attn = Attention(
+            rep,
+            num_heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            device=device,
+            dtype=dtype,
+        )
+        self.ls1 = scale()
+        self.drop_path1 = path()
+        self.norm2 = norm()
+        self.mlp = Mlp(rep, hidden_rep, act=act, bias=proj_bias, drop=proj_drop, device=device, dtype=dtype)
+        self.ls2 = scale()
+        self.drop_path2 = path()
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -1,0 +1,79 @@
+"""Points of a grid turned into irreps: the first half of patch embedding and of any map that mixes positions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equiflop.grids import ImageGroup, grid_decomposition
+from equiflop.groups import Rep
+from equiflop.nn.fixed import FixedTensors
+
+
+class GridTransform(FixedTensors):
+    """The orthogonal change of basis from the points of a grid to irreps, for ``n`` channels at once.
+
+    It is made of additions for the named image groups, and a matrix product for groups without such a factorisation.
+
+    Args:
+        group: the group that acts on the grid.
+        height: rows of the grid.
+        width: columns of the grid.
+        device: where the constants are made.
+        dtype: dtype of the constants.
+
+    Raises:
+        ValueError: if the group does not act on a grid of this shape.
+
+    Shape: ``(..., height * width, n)`` to the same; rows are ordered by ``self.rep``, so that flattening the last two
+    axes gives a feature of type ``n * rep``.
+    """
+
+    def __init__(
+        self,
+        group: ImageGroup,
+        height: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        decomposition = grid_decomposition(group, height, width)
+        self.size = (height, width)
+        self.rep: Rep = decomposition.rep
+        plan = decomposition.fast_plan
+        self.plan = None if plan is None else plan.fourier
+        self.scale: float | None = None
+        self.picks = False
+        if plan is None:
+            self.fix("basis", decomposition.matrix, device, dtype)
+            return
+        self.orbits = plan.gather.shape[1]
+        self.fix("gather", plan.gather.reshape(-1), device)
+        self.picks = not np.array_equal(plan.pick, np.arange(height * width))
+        if self.picks:
+            self.fix("pick", plan.pick, device)
+        if len(set(plan.scale.tolist())) == 1:
+            self.scale = float(plan.scale[0])
+        else:
+            self.fix("scales", plan.scale[:, None], device, dtype)
+
+    @property
+    def macs_per_channel(self) -> int:
+        """MACs for one grid and channel: 0 where the transform is made of additions."""
+        return 0 if self.plan is not None else self.rep.dim**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.plan is None:
+            return self.basis.to(x.dtype) @ x
+        values = x.index_select(-2, self.gather).unflatten(-2, (-1, self.orbits))
+        rows = torch.stack(self.plan.analyse(values.unbind(-3)), dim=-3).flatten(-3, -2)
+        if self.picks:
+            rows = rows.index_select(-2, self.pick)
+        return rows * (self.scales.to(rows.dtype) if self.scale is None else self.scale)
+
+    def extra_repr(self) -> str:
+        path = "additions" if self.plan is not None else "matrix product"
+        return f"{self.size[0]}x{self.size[1]} points -> {self.rep}, by {path}"

@@ -1,0 +1,58 @@
+"""Equivariant MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from equiflop.groups import Rep
+from equiflop.nn.activation import FourierActivation
+from equiflop.nn.blocks import join, split
+from equiflop.nn.dropout import Dropout
+from equiflop.nn.linear import Linear
+
+
+class Mlp(nn.Module):
+    """Linear, Fourier activation, linear.
+
+    Args:
+        rep: type of the feature axis.
+        hidden_rep: type of the hidden axis; a multiple of the regular representation.
+        act: the pointwise function; GELU by default.
+        bias: whether both linear maps have a bias (on the trivial irrep).
+        drop: dropout after the activation and after the output.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: if ``hidden_rep`` is not a multiple of the regular representation.
+
+    Shape: ``(..., rep.dim)`` to the same.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        hidden_rep: Rep,
+        *,
+        act: Callable[[Tensor], Tensor] | None = None,
+        bias: bool = True,
+        drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rep = rep
+        self.fc1 = Linear(rep, hidden_rep, bias=bias, device=device, dtype=dtype)
+        self.act = FourierActivation(hidden_rep, act, device=device, dtype=dtype)
+        self.drop1 = Dropout(hidden_rep, drop)
+        self.fc2 = Linear(hidden_rep, rep, bias=bias, device=device, dtype=dtype)
+        self.drop2 = Dropout(rep, drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = self.act.forward_blocks(self.fc1.forward_blocks(split(x, self.rep)))
+        if self.training and self.drop1.p:
+            blocks = split(self.drop1(join(blocks)), self.fc1.out_rep)
+        return self.drop2(join(self.fc2.forward_blocks(blocks)))

@@ -1,0 +1,191 @@
+"""Equivariant position embedding."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equiflop.grids import ImageGroup, fixed_vectors, grid_orbits
+from equiflop.groups import Irrep, Rep
+from equiflop.nn.blocks import split
+from equiflop.nn.fixed import FixedTensors
+
+
+class PositionEmbedding(FixedTensors):
+    """A learned field on the token grid with ``pos[g token] = rho(g) pos[token]``.
+
+    It is stored tied by orbits, one value per orbit, so that no optimiser can break the symmetry. Where a token stays in
+    place under part of the group, only the components which that part leaves fixed exist. Parameters are
+    ``weight_<irrep>`` of shape ``(free values, multiplicity)``: for the mirror group row ``i`` belongs to token ``i`` of the left
+    half in raster order (middle column included, where it is not zero).
+
+    Args:
+        rep: type of the feature axis.
+        group: the group that acts on the grid.
+        grid_size: rows and columns of the token grid. If the group swaps the axes and the grid is not square, the
+            field lives on a square grid of about as many tokens and is resampled.
+        prefix_tokens: how many class and register tokens have an embedding of their own (on the trivial irrep).
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        group: ImageGroup,
+        grid_size: tuple[int, int],
+        prefix_tokens: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rep = rep
+        self.group = group
+        if group.swaps_axes and grid_size[0] != grid_size[1]:
+            side = round((grid_size[0] * grid_size[1]) ** 0.5)
+            grid_size = (side, side)
+        self.grid_size = grid_size
+        self._rows: list[int] = []
+        for irrep, multiplicity in zip(group.irreps, rep.multiplicities, strict=True):
+            index, coefficients, rows = _orbit_tables(group, irrep, grid_size)
+            rows = rows if multiplicity else 0
+            self._rows.append(rows)
+            if rows:
+                self.fix(f"index_{irrep.name}", index, device)
+                self.fix(f"coefficients_{irrep.name}", coefficients, device, dtype)
+                self.register_parameter(
+                    f"weight_{irrep.name}", nn.Parameter(torch.empty(rows, multiplicity, device=device, dtype=dtype))
+                )
+        self.prefix = (
+            nn.Parameter(torch.empty(prefix_tokens, rep.multiplicities[0], device=device, dtype=dtype))
+            if prefix_tokens
+            else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal with standard deviation 0.02."""
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """The field on its own or another grid.
+
+        Returns:
+            shape ``(1, prefix_tokens + rows * columns, rep.dim)``, tokens in raster order.
+        """
+        field = self._field()
+        if grid_size is not None and tuple(grid_size) != self.grid_size:
+            field = self._resampled(field, grid_size)
+        if self.prefix is not None:
+            field = torch.cat([F.pad(self.prefix, (0, self.rep.dim - self.prefix.shape[1])), field])
+        return field.unsqueeze(0)
+
+    @torch.no_grad()
+    def set_field(self, field: Tensor) -> None:
+        """Set the parameters from a field, projecting it onto the equivariant ones.
+
+        Args:
+            field: shape ``(rows * columns, rep.dim)`` on this module's grid.
+        """
+        for (irrep, rows), block in zip(self._blocks(), split(field, self.rep), strict=True):
+            if not rows:
+                continue
+            index, coefficients, _ = _orbit_tables(self.group, irrep, self.grid_size)
+            basis = torch.from_numpy(coefficients).to(field)  # tokens, d, components
+            values = (basis[..., None] * block[:, :, None].to(field)).sum(1)  # tokens, components, multiplicity
+            used = torch.from_numpy((coefficients != 0).any(axis=1)).to(field.device)
+            place = torch.from_numpy(index).to(field.device)[used]
+            total = field.new_zeros(rows, block.shape[-1]).index_add_(0, place, values[used])
+            count = field.new_zeros(rows).index_add_(0, place, torch.ones_like(place, dtype=field.dtype))
+            getattr(self, f"weight_{irrep.name}").copy_(total / count[:, None])
+
+    def resized(self, grid_size: tuple[int, int]) -> PositionEmbedding:
+        """A new embedding for another grid, resampled from this one."""
+        weight = next(self.parameters())
+        new = PositionEmbedding(
+            self.rep,
+            self.group,
+            grid_size,
+            0 if self.prefix is None else len(self.prefix),
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        with torch.no_grad():
+            new.set_field(self._resampled(self._field(), new.grid_size))
+            if new.prefix is not None and self.prefix is not None:
+                new.prefix.copy_(self.prefix)
+        return new.requires_grad_(weight.requires_grad)
+
+    def _blocks(self) -> list[tuple[Irrep, int]]:
+        return list(zip(self.group.irreps, self._rows, strict=True))
+
+    def _field(self) -> Tensor:
+        """Shape ``(rows * columns, rep.dim)``."""
+        tokens = self.grid_size[0] * self.grid_size[1]
+        parts = []
+        for (irrep, rows), multiplicity in zip(self._blocks(), self.rep.multiplicities, strict=True):
+            if not rows:
+                parts.append(next(self.parameters()).new_zeros(tokens, irrep.dim * multiplicity))
+                continue
+            weight = getattr(self, f"weight_{irrep.name}")
+            index = getattr(self, f"index_{irrep.name}")
+            coefficients = getattr(self, f"coefficients_{irrep.name}").to(weight.dtype)
+            values = weight.index_select(0, index.flatten()).unflatten(0, index.shape)  # tokens, components, m
+            parts.append((coefficients[..., None] * values[:, None]).sum(2).flatten(1))
+        return torch.cat(parts, dim=1)
+
+    def _resampled(self, field: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """Bicubic resampling in the parameters' own precision, then projection onto equivariant fields."""
+        wide = field.float() if field.dtype in (torch.float16, torch.bfloat16) else field
+        image = wide.unflatten(0, self.grid_size).permute(2, 0, 1).unsqueeze(0)
+        image = F.interpolate(image, size=tuple(grid_size), mode="bicubic", antialias=True)[0]
+        keeps_shape = [a for a in range(self.group.order) if image.shape[-1] == image.shape[-2] or not self.group.swaps_axes_by(a)]
+        total = sum(
+            act_on_channels(self.rep, a, self.group.act_on_image(a, image).permute(1, 2, 0)) for a in keeps_shape
+        )
+        return (total / len(keeps_shape)).flatten(0, 1).to(field.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.grid_size[0]}x{self.grid_size[1]} tokens, {self.rep}"
+
+
+def act_on_channels(rep: Rep, a: int, x: Tensor) -> Tensor:
+    """Apply ``rep.matrix(a)`` to the last axis, irrep by irrep; shape ``(..., rep.dim)`` to the same."""
+    parts = []
+    for block, part in zip(rep.blocks(), split(x, rep), strict=True):
+        matrix = block.irrep.matrices[a].tolist()
+        rows = part.unbind(-2)
+        for coefficients in matrix:
+            terms = [row if c == 1.0 else row * c for c, row in zip(coefficients, rows, strict=True) if c]
+            total = terms[0]
+            for term in terms[1:]:
+                total = total + term
+            parts.append(total)
+    return torch.cat(parts, dim=-1)
+
+
+def _orbit_tables(group: ImageGroup, irrep: Irrep, grid_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
+    """How each token reads its value of one irrep from the values stored per orbit.
+
+    Returns:
+        index: shape ``(tokens, components)``, the stored rows that a token reads (0 where its coefficients are 0).
+        coefficients: shape ``(tokens, d, components)``.
+        rows: number of stored rows.
+    """
+    tokens = grid_size[0] * grid_size[1]
+    index = np.zeros((tokens, irrep.dim), dtype=np.int64)
+    coefficients = np.zeros((tokens, irrep.dim, irrep.dim))
+    rows = 0
+    for orbit in grid_orbits(group, *grid_size):
+        vectors = fixed_vectors(irrep, orbit.stabiliser)
+        basis = np.concatenate([endomorphism @ vectors for endomorphism in irrep.endomorphisms], axis=1)
+        components = basis.shape[1]
+        points = list(orbit.points)
+        index[points, :components] = rows + np.arange(components)
+        coefficients[points, :, :components] = irrep.matrices[list(orbit.movers)] @ basis
+        rows += components
+    return index, coefficients, rows
