@@ -1,2 +1,30 @@
-"""equiflop: vision networks that are equivariant to a symmetry group and, because of it, cheaper."""
+"""equiflop: vision networks that are equivariant to a symmetry group and, because of it, cheaper.
 
+Importing it registers the models in timm, so ``timm.create_model("flop_deit3_base_patch16_224")`` works.
+"""
+
+from equiflop import convert, groups, models, nn
+from equiflop.checking import CheckReport, check
+from equiflop.counting import macs
+from equiflop.grids import ImageGroup
+from equiflop.groups import FiniteGroup, Rep
+from equiflop.models import equivariant_models, plain_twin
+from equiflop.warnings import EquiflopWarning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckReport",
+    "EquiflopWarning",
+    "FiniteGroup",
+    "ImageGroup",
+    "Rep",
+    "check",
+    "convert",
+    "equivariant_models",
+    "groups",
+    "macs",
+    "models",
+    "nn",
+    "plain_twin",
+]

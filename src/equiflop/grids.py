@@ -16,6 +16,18 @@ import torch
 from equiflop.groups import FiniteGroup, FourierPlan, Irrep, Rep, cyclic, dihedral, direct_product, flop, fourier_plan
 
 
+_ELEMENT_NAMES = {
+    (1, 0, 0, 1): "identity",
+    (0, -1, 1, 0): "quarter turn left",
+    (-1, 0, 0, -1): "half turn",
+    (0, 1, -1, 0): "quarter turn right",
+    (-1, 0, 0, 1): "mirror left-right",
+    (1, 0, 0, -1): "mirror up-down",
+    (0, 1, 1, 0): "mirror at the diagonal /",
+    (0, -1, -1, 0): "mirror at the diagonal \\",
+}
+
+
 class ImageGroup(FiniteGroup):
     """A finite group with a signed 2x2 permutation matrix per element: how it moves ``(x, y)`` on the image plane.
 
@@ -46,6 +58,10 @@ class ImageGroup(FiniteGroup):
     def swaps_axes_by(self, a: int) -> bool:
         """Whether element ``a`` exchanges height and width."""
         return bool(self.matrices[a, 0, 0] == 0)
+
+    def element_name(self, a: int) -> str:
+        """What element ``a`` does to an image, in words."""
+        return _ELEMENT_NAMES[tuple(self.matrices[a].ravel().tolist())]
 
     def act_on_grid(self, a: int, height: int, width: int) -> np.ndarray:
         """Where element ``a`` moves the points of a grid: raster index of ``a p`` for every raster index ``p``.

@@ -194,10 +194,19 @@ class EquivariantVisionTransformer(VisionTransformer):
         if no_plain_block:
             self.norm = nn.Sequential(transition(), self.norm)
 
+    @property
+    def invariant_output(self) -> bool:
+        """Whether the logits are invariant; those of a hybrid model are not."""
+        return self.design != "hybrid"
+
     def feature_rep(self, block: int) -> Rep | None:
-        """Type of the features after block ``block`` (-1: before the first), or None where they are plain."""
-        equivariant = block < self.equivariant_depth or block < 0
-        return self.rep if equivariant else None
+        """Type of the features after block ``block`` (-1: before the first), or None where the group no longer acts.
+
+        Behind the invariants of an invariant design the group moves tokens and leaves all channels as they are.
+        """
+        if block < self.equivariant_depth:
+            return self.rep
+        return Rep.trivial(self.group, self.embed_dim) if self.design == "invariant" else None
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialise as published: linear maps, position embedding and class token truncated normal 0.02, biases 0.

@@ -71,7 +71,7 @@ class Linear(nn.Module):
     def weights(self) -> list[tuple[Irrep, nn.Parameter]]:
         """The weight of every irrep that has one."""
         named = zip(self.in_rep.group.irreps, self._weight_names, strict=True)
-        return [(irrep, self.get_parameter(name)) for irrep, name in named if name is not None]
+        return [(irrep, getattr(self, name)) for irrep, name in named if name is not None]
 
     @property
     def macs_per_vector(self) -> int:

@@ -1,0 +1,194 @@
+"""Multiply-adds (MACs) of a network, counted analytically from its modules.
+
+MACs are those of matrix products, convolutions and attention (``q k^T`` and ``a v``). Every module type that makes some
+has a counter here. A forward pass on the meta device (shapes, no numbers) supplies the input shapes, and watches
+the products that are really made: a module whose products no counter explains is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention as TimmAttention
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from equiflop import nn as enn
+
+Counter = Callable[[Any, Tensor], int]
+
+
+def _vectors(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _linear(module: nn.Linear, x: Tensor) -> int:
+    return _vectors(x) * module.in_features * module.out_features
+
+
+def _conv(module: nn.Conv2d, x: Tensor) -> int:
+    pixels = 1
+    sizes = zip(x.shape[-2:], module.kernel_size, module.stride, module.dilation, _padding(module), strict=True)
+    for size, kernel, stride, dilation, padding in sizes:
+        pixels *= (size + padding - dilation * (kernel - 1) - 1) // stride + 1
+    return x.shape[:-3].numel() * pixels * module.weight.numel()
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, int]:
+    """Total padding along height and width."""
+    if isinstance(module.padding, str):
+        if module.padding == "valid":
+            return 0, 0
+        height, width = (d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        return height, width
+    height, width = module.padding
+    return 2 * height, 2 * width
+
+
+def _plain_attention(module: TimmAttention, x: Tensor) -> int:
+    """The products of queries, keys and values alone; the linear maps are modules of their own."""
+    batch, tokens = x.shape[0], x.shape[1]
+    return 2 * batch * module.num_heads * tokens * tokens * module.head_dim
+
+
+def _equivariant_attention(module: enn.Attention, x: Tensor) -> int:
+    batch, tokens, channels = x.shape
+    linear = batch * tokens * (module.qkv.macs_per_vector + module.proj.macs_per_vector)
+    return linear + 2 * batch * tokens * tokens * channels
+
+
+def _equivariant_mlp(module: enn.Mlp, x: Tensor) -> int:
+    per_vector = module.fc1.macs_per_vector + module.act.macs_per_vector + module.fc2.macs_per_vector
+    return _vectors(x) * per_vector
+
+
+COUNTERS: dict[type[nn.Module], Counter] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv,
+    TimmAttention: _plain_attention,
+    enn.Linear: lambda module, x: _vectors(x) * module.macs_per_vector,
+    enn.FourierActivation: lambda module, x: _vectors(x) * module.macs_per_vector,
+    enn.GridTransform: lambda module, x: math.prod(x.shape[:-2]) * x.shape[-1] * module.macs_per_channel,
+    enn.Attention: _equivariant_attention,
+    enn.Mlp: _equivariant_mlp,
+}
+
+
+def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
+    """MACs of one image (batch 1) through a network, in evaluation mode.
+
+    Args:
+        model: any network made of modules that have a counter, equivariant or plain.
+        input_size: ``(height, width)`` or ``(channels, height, width)``; with two numbers the channels are
+            ``model.in_chans``, or 3.
+
+    Raises:
+        ValueError: if the input size is malformed, or a module makes products that no counter explains.
+
+    >>> import timm
+    >>> macs(timm.create_model("deit3_small_patch16_224"), (224, 224))
+    4598879232
+    """
+    model = getattr(model, "_orig_mod", model)
+    shape = _input_shape(model, input_size)
+    counted: dict[str, int] = {}
+    made = _MadeProducts()
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    with _evaluating(model), _hooks(model, counted, made), torch.no_grad(), made:
+        torch.func.functional_call(model, state, (torch.empty(1, *shape, dtype=dtype, device="meta"),))
+    types = {name: type(module).__name__ for name, module in model.named_modules()}
+    for name in {*counted, *made.products}:
+        if counted.get(name, 0) != made.products.get(name, 0):
+            raise ValueError(
+                f"module {name or 'model'!r} ({types[name]}) makes {made.products.get(name, 0)} MACs where its counter "
+                f"says {counted.get(name, 0)}; equiflop.counting.COUNTERS has no counter that fits it"
+            )
+    return sum(counted.values())
+
+
+def _input_shape(model: nn.Module, input_size: tuple[int, ...]) -> tuple[int, ...]:
+    if not isinstance(input_size, (tuple, list)) or len(input_size) not in (2, 3) or min(input_size) < 1:
+        raise ValueError(f"input_size={input_size!r} must be (height, width) or (channels, height, width), all positive")
+    if len(input_size) == 2:
+        return (int(getattr(model, "in_chans", 3)), *input_size)
+    return tuple(input_size)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _hooks(model: nn.Module, counted: dict[str, int], made: _MadeProducts) -> Iterator[None]:
+    handles = []
+    for name, module in model.named_modules():
+        counter = COUNTERS.get(type(module))
+
+        def before(module: nn.Module, args: tuple[Any, ...], name: str = name, counter: Counter | None = counter) -> None:
+            made.stack.append(name)
+            if counter is not None:
+                counted[name] = counted.get(name, 0) + counter(module, args[0])
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            made.stack.pop()
+
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _MadeProducts(TorchDispatchMode):
+    """Adds up the multiply-adds of the operators that are really called, by the innermost module that calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: dict[str, int] = {}
+        self.stack: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        product = _macs_of_operator(func.overloadpacket, args, output)
+        if product:
+            name = self.stack[-1] if self.stack else ""
+            self.products[name] = self.products.get(name, 0) + product
+        return output
+
+
+def _macs_of_operator(operator: Any, args: tuple[Any, ...], output: Any) -> int:
+    aten = torch.ops.aten
+    if operator in (aten.mm, aten.bmm, aten.mv, aten.dot):
+        return output.numel() * args[0].shape[-1]
+    if operator in (aten.addmm, aten.baddbmm, aten.addmv):
+        return output.numel() * args[1].shape[-1]
+    if operator in (aten.convolution, aten._convolution):
+        x, weight, transposed = args[0], args[1], args[6]
+        return (x if transposed else output).numel() * weight[0].numel()
+    if operator in (
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+    ):
+        query, key, value = args[:3]
+        return query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    return 0
