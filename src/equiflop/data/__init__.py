@@ -1,0 +1,18 @@
+"""Images with labels: built-in sets by name, or a folder with one sub-folder per class."""
+
+from equiflop.data.catalog import BUILT_IN, DataNotFoundError, ImageData, open_data
+from equiflop.data.decode import read_image
+from equiflop.data.splits import Augmentation, FolderSplit, MemorySplit, Preprocessing, Split
+
+__all__ = [
+    "BUILT_IN",
+    "Augmentation",
+    "DataNotFoundError",
+    "FolderSplit",
+    "ImageData",
+    "MemorySplit",
+    "Preprocessing",
+    "Split",
+    "open_data",
+    "read_image",
+]

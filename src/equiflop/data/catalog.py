@@ -1,0 +1,184 @@
+"""Opening a data set by its name or its folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+
+from equiflop.data.idx import find_idx, read_labelled_images
+from equiflop.data.splits import FolderSplit, MemorySplit, Preprocessing, Split
+
+#: Names of the built-in sets, and what they are.
+BUILT_IN = {
+    "fashion-mnist": "70,000 grey pictures of clothing, 28x28 pixels, 10 classes",
+    "digits": "1,797 handwritten digits inside scikit-learn, 8x8 pixels enlarged to 28x28, 10 classes",
+}
+
+_CLOTHING = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+_FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_MNIST_FILE = "train-images-idx3-ubyte"
+_DOWNLOAD_TIMEOUT_S = 20.0
+_TRAIN_FOLDERS = ("train", "training")
+_TEST_FOLDERS = ("test", "val", "validation", "valid", "eval")
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DataNotFoundError(ValueError):
+    """A data set is nowhere to be found (as opposed to: found, but damaged)."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set of labelled images.
+
+    Attributes:
+        name: what it is called.
+        origin: where it was found.
+        classes: names of the classes, in the order of the labels.
+        train: images to train on.
+        test: images to measure on.
+    """
+
+    name: str
+    origin: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How pixels become the network's input."""
+        return self.test.preprocessing
+
+
+def open_data(
+    source: str | Path,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> ImageData:
+    """Open a built-in set by its name, or a folder.
+
+    A folder holds either Fashion-MNIST's four idx files (plain or ``.gz``), or images as ``train/CLASS/*`` and
+    ``test/CLASS/*`` (``val``, ``valid`` and ``validation`` are also understood).
+
+    Args:
+        source: ``"fashion-mnist"``, ``"digits"``, or the path of a folder (``./digits`` for a folder of that name).
+        image_size: (height, width) of the network's input; by default 28x28 for built-in sets and 224x224 for folders.
+        channels: 1 (grey) or 3; by default 1 for built-in sets and 3 for folders.
+        preprocessing: all of it, in place of ``image_size`` and ``channels``: what a trained network expects.
+
+    Raises:
+        DataNotFoundError: if there is no such set or folder.
+        ValueError: if files are damaged or missing.
+    """
+    if preprocessing is not None:
+        channels, image_size = preprocessing.input_size[0], preprocessing.input_size[1:]
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels={channels}: images have 1 or 3")
+    small = _grey_preprocessing(image_size or (28, 28), channels or 1)
+    if source == "fashion-mnist":
+        return _fashion_mnist(_find_fashion_mnist(), preprocessing or small(0.2860, 0.3530))
+    if source == "digits":
+        return _digits(preprocessing or small(0.3053, 0.3760))
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise DataNotFoundError(f"data={str(source)!r} is neither a folder nor a built-in set ({', '.join(BUILT_IN)})")
+    idx_folder = _idx_folder(folder)
+    if idx_folder is not None:
+        return _fashion_mnist(idx_folder, preprocessing or small(0.2860, 0.3530))
+    return _image_folder(folder, preprocessing or _photo_preprocessing(image_size or (224, 224), channels or 3))
+
+
+def _fashion_mnist(folder: Path, preprocessing: Preprocessing) -> ImageData:
+    train, test = (
+        MemorySplit(_with_channels(images, preprocessing), labels, preprocessing)
+        for images, labels in (read_labelled_images(folder, prefix, len(_CLOTHING)) for prefix in ("train", "t10k"))
+    )
+    return ImageData("Fashion-MNIST", str(folder), _CLOTHING, train, test)
+
+
+def _idx_folder(folder: Path) -> Path | None:
+    """The folder itself or the place where torchvision puts the files below it, whichever holds the idx files."""
+    places = (folder, folder / "raw", folder / "FashionMNIST" / "raw")
+    return next((place for place in places if find_idx(place, _FASHION_MNIST_FILE)), None)
+
+
+def _find_fashion_mnist() -> Path:
+    """Debian's package ``dataset-fashion-mnist``, else torchvision's download (once, into the user's cache)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "equiflop"
+    for place in (_FASHION_MNIST_DEBIAN, cache):
+        found = _idx_folder(place)
+        if found is not None:
+            return found
+    from torchvision.datasets import FashionMNIST
+
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)
+    try:
+        FashionMNIST(str(cache), download=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise DataNotFoundError(
+            f"Fashion-MNIST is neither in {_FASHION_MNIST_DEBIAN} (Debian's package dataset-fashion-mnist) nor in "
+            f"{cache}, and could not be downloaded ({error}); give its folder"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(previous)
+    found = _idx_folder(cache)
+    if found is None:
+        raise DataNotFoundError(f"torchvision's download left no Fashion-MNIST in {cache}")
+    return found
+
+
+def _digits(preprocessing: Preprocessing) -> ImageData:
+    """The digits of scikit-learn: every fifth image is for testing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataNotFoundError('data="digits" needs scikit-learn: pip install "equiflop[demo]"') from error
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target).long()
+    held_out = torch.arange(len(labels)) % 5 == 4
+    train, test = (
+        MemorySplit(_with_channels(images[part], preprocessing), labels[part], preprocessing)
+        for part in (~held_out, held_out)
+    )
+    return ImageData("digits", "scikit-learn", tuple("0123456789"), train, test)
+
+
+def _image_folder(folder: Path, preprocessing: Preprocessing) -> ImageData:
+    train = FolderSplit(_split_folder(folder, _TRAIN_FOLDERS), preprocessing)
+    test = FolderSplit(_split_folder(folder, _TEST_FOLDERS), preprocessing, train.classes)
+    return ImageData(folder.resolve().name, str(folder), train.classes, train, test)
+
+
+def _split_folder(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    raise DataNotFoundError(
+        f"{folder}: holds no folder {' or '.join(repr(name) for name in names)}; expected {folder}/{names[0]}/CLASS/*"
+    )
+
+
+def _grey_preprocessing(image_size: tuple[int, int], channels: int) -> Callable[[float, float], Preprocessing]:
+    return lambda mean, std: Preprocessing((channels, *image_size), (mean,) * channels, (std,) * channels)
+
+
+def _photo_preprocessing(image_size: tuple[int, int], channels: int) -> Preprocessing:
+    if channels == 3:
+        return Preprocessing((3, *image_size), _IMAGENET_MEAN, _IMAGENET_STD, crop_pct=0.9)
+    return Preprocessing((1, *image_size), (sum(_IMAGENET_MEAN) / 3,), (sum(_IMAGENET_STD) / 3,), crop_pct=0.9)
+
+
+def _with_channels(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    return images.expand(-1, preprocessing.input_size[0], -1, -1)

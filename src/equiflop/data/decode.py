@@ -1,0 +1,54 @@
+"""Reading one image file, whatever its colour mode, depth and orientation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_WHITE = (255, 255, 255, 255)
+
+
+def read_image(path: str | Path, channels: int = 3) -> Image.Image:
+    """Read an image as 8-bit RGB (3 channels) or grey (1 channel).
+
+    Deep images (16 and 32 bits) are scaled, not clipped; transparent parts are laid over white; the orientation that a
+    camera noted in the EXIF data is applied; of an animation the first frame is taken.
+
+    Raises:
+        ValueError: if the file is missing, cannot be read or is not an image, or ``channels`` is not 1 or 3.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels={channels}: image files are read with 1 or 3 channels")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not an image that Pillow can read") from error
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+    return _to_eight_bit(upright).convert("RGB" if channels == 3 else "L")
+
+
+def _to_eight_bit(image: Image.Image) -> Image.Image:
+    """An opaque image of one of Pillow's 8-bit modes."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        scaled = np.rint(values * (255.0 / _full_scale(image.mode, values)))
+        return Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", coloured.size, _WHITE), coloured)
+    return image
+
+
+def _full_scale(mode: str, values: np.ndarray) -> float:
+    """The value that stands for white: by the mode for 16 bits, else the smallest usual one that holds the values."""
+    if mode.startswith("I;16"):
+        return 65535.0
+    scales = (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
+    return next((scale for scale in scales if values.max() <= scale), float(values.max()))

@@ -1,0 +1,22 @@
+"""Training a classifier, keeping its state safe on disk, and measuring it."""
+
+from equiflop.training.checkpoint import CheckpointError, load_model
+from equiflop.training.config import TrainConfig
+from equiflop.training.evaluation import Evaluation, MirrorAveraged, evaluate
+from equiflop.training.model_spec import ModelSpec, create_model
+from equiflop.training.trainer import EpochRecord, NonFiniteLossError, Trainer, TrainingInterrupted
+
+__all__ = [
+    "CheckpointError",
+    "EpochRecord",
+    "Evaluation",
+    "MirrorAveraged",
+    "ModelSpec",
+    "NonFiniteLossError",
+    "TrainConfig",
+    "Trainer",
+    "TrainingInterrupted",
+    "create_model",
+    "evaluate",
+    "load_model",
+]

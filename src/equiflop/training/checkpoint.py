@@ -1,0 +1,244 @@
+"""Files of weights and training states: written atomically, read without running code, named when they are damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from equiflop.training.config import TrainConfig
+from equiflop.training.model_spec import ModelSpec
+
+#: Name of the final weights in a run's folder.
+WEIGHTS_FILE = "model.safetensors"
+#: Name of the folder of training states in a run's folder.
+CHECKPOINT_FOLDER = "checkpoints"
+_FORMAT = "equiflop-checkpoint-1"
+_METADATA_KEY = "equiflop"
+
+
+class CheckpointError(ValueError):
+    """A file of weights cannot be used."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a training run stands. Random numbers are a function of seed, epoch and step, so none are in here.
+
+    Attributes:
+        spec: the network.
+        config: the run.
+        model: the network's state dict.
+        optimizer: the optimiser's state dict.
+        epoch: epochs that are complete.
+        step: steps taken in the epoch that is not.
+        running: sums over those steps.
+        history: one record per complete epoch.
+    """
+
+    spec: ModelSpec
+    config: TrainConfig
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    epoch: int
+    step: int
+    running: dict[str, float]
+    history: list[dict[str, float]]
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file such that a reader, or a crash at any moment, finds the old content or the new, never a part.
+
+    Raises:
+        OSError: if it cannot be written; the old content is then intact.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = f"cannot write ({error.strerror}); what was there before is intact"
+        raise OSError(error.errno, reason, str(path)) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def save_state(folder: Path, state: TrainState, total_steps: int) -> Path:
+    """Write a training state as ``step-NNNNNNNN.pt`` and remove the oldest beyond ``keep_checkpoints``.
+
+    Raises:
+        OSError: if it cannot be written; earlier states are then intact.
+    """
+    path = folder / f"step-{total_steps:08d}.pt"
+    content = {
+        "format": _FORMAT,
+        "spec": state.spec.to_json(),
+        "config": json.dumps(state.config.to_dict()),
+        "model": state.model,
+        "optimizer": state.optimizer,
+        "epoch": state.epoch,
+        "step": state.step,
+        "running": state.running,
+        "history": state.history,
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+    for old in saved_states(folder)[state.config.keep_checkpoints :]:
+        old.unlink()
+    return path
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The training states in a folder, the newest first."""
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def load_state(path: Path) -> TrainState:
+    """Read a training state.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except Exception as error:  # a damaged file makes torch.load raise almost anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of equiflop train")
+    try:
+        return TrainState(
+            spec=ModelSpec.from_json(content["spec"]),
+            config=TrainConfig.from_dict(json.loads(content["config"])),
+            model=content["model"],
+            optimizer=content["optimizer"],
+            epoch=int(content["epoch"]),
+            step=int(content["step"]),
+            running=dict(content["running"]),
+            history=list(content["history"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: a checkpoint with a part missing or damaged ({error})") from error
+
+
+def save_weights(path: Path, model: nn.Module, spec: ModelSpec, config: TrainConfig | None = None) -> None:
+    """Write a network's weights with its description as a safetensors file.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is then intact.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    note: dict[str, Any] = {"spec": spec.to_json(), "config": config.to_dict() if config is not None else None}
+    content = safetensors.torch.save(state, metadata={_METADATA_KEY: json.dumps(note)})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: Path | str) -> None:
+    """Load a state dict strictly.
+
+    Raises:
+        CheckpointError: if keys or shapes do not fit the model, or a number is NaN or infinite.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        parts = [
+            f"{len(keys)} {kind} (first: {keys[0]})"
+            for kind, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        ]
+        raise CheckpointError(f"{origin}: weights of another model: {', '.join(parts)}")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise CheckpointError(
+                f"{origin}: {key} has shape {tuple(value.shape)}, the model needs {tuple(own[key].shape)}"
+            )
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{origin}: {key} holds NaN or infinite numbers")
+    model.load_state_dict(dict(state))
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network with its weights.
+
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        spec: what it is.
+        config: how it was trained, if that is known.
+        path: the file it came from.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    config: TrainConfig | None
+    path: Path
+
+
+def load_model(path: str | Path) -> TrainedModel:
+    """Read a trained network.
+
+    Args:
+        path: a run's folder (its final weights, else its newest checkpoint), a ``.safetensors`` file or a checkpoint.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, not finite, or not written by equiflop.
+    """
+    path = _weights_in(Path(path))
+    config: TrainConfig | None
+    if path.suffix == ".safetensors":
+        spec, config, state = _read_safetensors(path)
+    else:
+        saved = load_state(path)
+        spec, config, state = saved.spec, saved.config, saved.model
+    try:
+        model = spec.build()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its model cannot be made ({error})") from error
+    load_weights(model, state, path)
+    return TrainedModel(model.eval(), spec, config, path)
+
+
+def _weights_in(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder")
+    candidates = [path / WEIGHTS_FILE, *saved_states(path / CHECKPOINT_FOLDER), *saved_states(path)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise CheckpointError(f"{path}: holds neither {WEIGHTS_FILE} nor a checkpoint")
+
+
+def _read_safetensors(path: Path) -> tuple[ModelSpec, TrainConfig | None, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    if _METADATA_KEY not in metadata:
+        raise CheckpointError(f"{path}: does not say which model it belongs to (not written by equiflop train)")
+    try:
+        note = json.loads(metadata[_METADATA_KEY])
+        config = TrainConfig.from_dict(note["config"]) if note["config"] is not None else None
+        return ModelSpec.from_json(note["spec"]), config, state
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the description of its model is damaged ({error})") from error

@@ -1,0 +1,140 @@
+"""How often a classifier is right, and how often it changes its mind when the image is mirrored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from equiflop.data import Split
+from equiflop.training.progress import Progress
+
+#: A change of the predicted class counts only if the two best logits are at least this far apart: ties are not changes.
+TIE = 1e-5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over a set of images.
+
+    Attributes:
+        images: number of images.
+        correct: the best class is the right one.
+        correct_top5: the right class is among the best five.
+        changed: the best class of the mirrored image is another one, and the gap between the image's two best logits
+            exceeds 1e-5; None if the mirrored images were not looked at.
+        changed_with_ties: the same without regard to the gap.
+    """
+
+    images: int
+    correct: int
+    correct_top5: int
+    changed: int | None = None
+    changed_with_ties: int | None = None
+
+    @property
+    def top1(self) -> float:
+        """Accuracy, between 0 and 1."""
+        return self.correct / self.images
+
+    @property
+    def top5(self) -> float:
+        """Share of images whose class is among the best five, between 0 and 1."""
+        return self.correct_top5 / self.images
+
+    @property
+    def changed_share(self) -> float | None:
+        """Share of predictions that change when the image is mirrored, between 0 and 1."""
+        return None if self.changed is None else self.changed / self.images
+
+
+class MirrorAveraged(nn.Module):
+    """A classifier made mirror-invariant by averaging its logits over both mirrored views, at twice the cost.
+
+    Args:
+        model: any classifier of images ``(B, C, H, W)``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` to logits ``(B, classes)``."""
+        return (self.model(images) + self.model(images.flip(-1))) / 2
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    batch_size: int,
+    device: torch.device,
+    mirrored: bool = True,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a classifier in evaluation mode, in the precision of its parameters.
+
+    The last batch is filled up, so that a compiled model meets one shape only.
+
+    Args:
+        model: a classifier of images; its mode is restored afterwards.
+        split: the images.
+        batch_size: images at once.
+        device: where the model is.
+        mirrored: also classify every mirrored image.
+        workers: processes that decode image files.
+        progress: a line to keep up to date.
+
+    Raises:
+        ValueError: if an image cannot be read or a logit is not finite.
+    """
+    was_training = model.training
+    model.eval()
+    counts = torch.zeros(4, dtype=torch.int64)
+    done = 0
+    batch_size = min(batch_size, len(split))
+    try:
+        with torch.no_grad():
+            for images, labels in split.batches(torch.arange(len(split)), batch_size, workers=workers):
+                size = len(images)
+                images = _filled(images, batch_size).to(device)
+                logits = _finite_logits(model, images)[:size]
+                other = _finite_logits(model, images.flip(-1))[:size] if mirrored else logits
+                counts += _count(logits, other, labels)
+                done += size
+                if progress is not None:
+                    progress.update(done, len(split), "measuring")
+    finally:
+        model.train(was_training)
+    correct, correct_top5, changed, changed_with_ties = counts.tolist()
+    if not mirrored:
+        return Evaluation(done, correct, correct_top5)
+    return Evaluation(done, correct, correct_top5, changed, changed_with_ties)
+
+
+def _filled(images: Tensor, batch_size: int) -> Tensor:
+    missing = batch_size - len(images)
+    return torch.cat([images, images[:1].expand(missing, -1, -1, -1)]) if missing else images
+
+
+def _finite_logits(model: nn.Module, images: Tensor) -> Tensor:
+    logits: Tensor = model(images).float().cpu()
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the model's logits are not finite: its weights are damaged or it diverged in training")
+    return logits
+
+
+def _count(logits: Tensor, mirrored: Tensor, labels: Tensor) -> Tensor:
+    best = logits.topk(min(5, logits.shape[1]), dim=1)
+    changed = mirrored.argmax(dim=1) != logits.argmax(dim=1)
+    gap = best.values[:, 0] - best.values[:, 1] if logits.shape[1] > 1 else torch.zeros(len(logits))
+    return torch.stack(
+        [
+            (logits.argmax(dim=1) == labels).sum(),
+            (best.indices == labels[:, None]).any(dim=1).sum(),
+            (changed & (gap > TIE)).sum(),
+            changed.sum(),
+        ]
+    )

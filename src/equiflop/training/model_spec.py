@@ -1,0 +1,115 @@
+"""A classifier as a description that fits in a file: which model, which classes, which input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+from torch import nn
+
+from equiflop.data import Preprocessing
+
+
+def check_model_name(name: str) -> None:
+    """See that timm, with equiflop's models registered, knows the name.
+
+    Raises:
+        ValueError: if not; it names the closest ones.
+    """
+    if timm.is_model(name):
+        return
+    close = get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else "'equiflop models' lists ours, timm.list_models() all"
+    raise ValueError(f"model={name!r} is unknown; {hint}")
+
+
+def create_model(name: str, kwargs: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """Make a model by timm's registry.
+
+    Args:
+        name: a name that timm knows.
+        kwargs: timm's keywords.
+        pretrained: load timm's published weights, downloading them if necessary.
+
+    Raises:
+        ValueError: if the name is unknown, a keyword's value does not fit, or there are no such weights.
+        TypeError: if a keyword is unknown.
+    """
+    check_model_name(name)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except AssertionError as error:
+        raise ValueError(f"model {name!r} cannot be made with {dict(kwargs)}: {error}") from error
+
+
+def input_keywords(name: str, input_size: tuple[int, int, int]) -> dict[str, Any]:
+    """timm's keywords that make a model fit its input; ``img_size`` only for models of a fixed size."""
+    config = timm.get_pretrained_cfg(name)
+    keywords: dict[str, Any] = {"in_chans": input_size[0]}
+    if config is not None and config.fixed_input_size:
+        keywords["img_size"] = list(input_size[1:])
+    return keywords
+
+
+def published_preprocessing(name: str) -> Preprocessing | None:
+    """What timm notes down about the input of a model; None where it notes nothing."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        return None
+    return Preprocessing(config.input_size, config.mean, config.std, config.interpolation, config.crop_pct)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which network a file of weights belongs to.
+
+    Attributes:
+        name: timm's name of the model.
+        kwargs: keywords it was made with.
+        classes: names of the classes, in the order of the logits.
+        preprocessing: what its input is.
+    """
+
+    name: str
+    kwargs: dict[str, Any]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def build(self) -> nn.Module:
+        """A freshly initialised network.
+
+        Raises:
+            ValueError: see :func:`create_model`.
+            TypeError: see :func:`create_model`.
+        """
+        return create_model(self.name, {**self.kwargs, "num_classes": len(self.classes)})
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSpec:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: if the text is not what :meth:`to_json` writes.
+        """
+        try:
+            values = json.loads(text)
+            pre = values["preprocessing"]
+            channels, height, width = (int(size) for size in pre["input_size"])
+            preprocessing = Preprocessing(
+                (channels, height, width),
+                tuple(map(float, pre["mean"])),
+                tuple(map(float, pre["std"])),
+                str(pre["interpolation"]),
+                float(pre["crop_pct"]),
+            )
+            return cls(str(values["name"]), dict(values["kwargs"]), tuple(values["classes"]), preprocessing)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the description of a model ({error})") from error
