@@ -1,0 +1,82 @@
+"""``equiflop check``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from equiflop.cli.options import ImageSize, KeyValue, json_option
+
+
+@click.command(name="check")
+@click.argument("model", metavar="MODEL")
+@click.option("--group", help="Group to try: flop, updown, flips, rot4 or octic. Default: the model's own, else flop.")
+@click.option("--checkpoint", type=click.Path(), help="Check these weights as they are, not random ones.")
+@click.option("--img-size", type=ImageSize(), help="Image size, such as 224 or 256x192. Default: the model's own.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Number format of the comparison.",
+)
+@click.option("--tolerance", type=float, help="Largest relative error that passes. Default: by number format.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the images and random weights.")
+@click.option("--set", "settings", type=KeyValue(), multiple=True, help="A keyword of the model, such as depth=2.")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    group: str | None,
+    checkpoint: str | None,
+    img_size: tuple[int, int] | None,
+    dtype: str,
+    tolerance: float | None,
+    seed: int,
+    settings: tuple[tuple[str, Any], ...],
+    as_json: bool,
+) -> None:
+    """Test that MODEL gives the same answer for transformed images.
+
+    Fills the model with random weights (freshly made ones are zero in places where mistakes hide), then compares the
+    outputs, and the features after every block, for every element of the group. Ends with exit code 0 if all errors
+    are within the tolerance, 1 if not.
+
+    \b
+    Examples: equiflop check flop_deit3_small_patch16_224
+              equiflop check deit3_small_patch16_224          (a plain network: fails)
+              equiflop check flop_deit3_small_patch16_224 --set group=octic --dtype float64
+    """
+    import torch
+
+    import equiflop
+    from equiflop.training.checkpoint import load_model
+    from equiflop.training.model_spec import create_model, input_keywords
+
+    keywords = dict(settings)
+    if checkpoint is not None:
+        if keywords:
+            raise ValueError("--set and --checkpoint exclude each other: the checkpoint says how its model is made")
+        loaded = load_model(checkpoint)
+        if loaded.spec.name != model:
+            raise ValueError(f"{checkpoint}: holds weights of {loaded.spec.name}, not of {model}")
+        network = loaded.model
+        if img_size is not None and hasattr(network, "set_input_size"):
+            network.set_input_size(img_size)
+    else:
+        if img_size is not None and "img_size" in input_keywords(model, (3, *img_size)):
+            keywords.setdefault("img_size", img_size)
+        network = create_model(model, keywords)
+    report = equiflop.check(
+        network.to(getattr(torch, dtype)),
+        group=group,
+        input_size=img_size,
+        randomize=checkpoint is None,
+        tolerance=tolerance,
+        seed=seed,
+    )
+    click.echo(json.dumps({"model": model, **report.as_dict()}, indent=2) if as_json else str(report))
+    ctx.exit(0 if report.passed else 1)

@@ -1,0 +1,68 @@
+"""Files of official weights, read without running any code that they may carry."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+#: Keys under which training scripts store the state dict, in the order in which they are tried.
+WRAPPERS = ("model", "model_ema", "state_dict", "state_dict_ema", "teacher", "student")
+#: What compiled, distributed and DINO training put in front of the names.
+PREFIXES = ("_orig_mod.", "module.", "backbone.")
+
+
+def read_official(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a ``.safetensors`` or PyTorch file, taken out of its wrappers and freed from prefixes.
+
+    PyTorch files are read with ``weights_only``: a pickle that would run code is refused. The only class beside tensors and
+    containers that is allowed is ``argparse.Namespace``, in which training scripts leave their arguments.
+
+    Raises:
+        ValueError: if the file is missing, damaged, would run code, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    return {_without_prefix(name): tensor for name, tensor in _unwrapped(content, path).items()}
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files and refused pickles raise almost anything
+        if "Unsupported" in str(error) or "weights_only" in str(error):
+            raise ValueError(f"{path}: refused, since reading it would run code that it carries") from error
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a readable PyTorch file ({reason})") from error
+
+
+def _unwrapped(content: Any, path: Path) -> Mapping[str, Tensor]:
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"{path}: holds no state dict, nor one under {', '.join(WRAPPERS)} (found: {keys})")
+    return content
+
+
+def _without_prefix(name: str) -> str:
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in PREFIXES:
+            if name.startswith(prefix):
+                name, stripped = name[len(prefix) :], True
+    return name
