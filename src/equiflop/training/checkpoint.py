@@ -117,9 +117,10 @@ def load_state(path: Path) -> TrainState:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: no permission to read it") from error
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
+        raise CheckpointError(f"{path}: not a checkpoint, or damaged or incomplete") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of equiflop train")
     try:

@@ -1,0 +1,142 @@
+"""Classifying single images, and their mirror images beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from equiflop.data import Preprocessing, read_image
+from equiflop.data.splits import image_transform
+from equiflop.training.checkpoint import TrainedModel, load_model
+from equiflop.training.model_spec import create_model, published_preprocessing
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network that is ready to classify.
+
+    Attributes:
+        name: timm's name of the model.
+        model: in evaluation mode.
+        classes: names of the classes, in the order of the logits.
+        preprocessing: what its input is.
+    """
+
+    name: str
+    model: nn.Module
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Classifier:
+        """A network that ``equiflop train`` wrote: a run's folder, its weights or a checkpoint.
+
+        Raises:
+            CheckpointError: if it is missing or damaged.
+        """
+        return cls.from_trained(load_model(path))
+
+    @classmethod
+    def from_trained(cls, trained: TrainedModel) -> Classifier:
+        """A network that :func:`equiflop.training.load_model` has read."""
+        return cls(trained.spec.name, trained.model, trained.spec.classes, trained.spec.preprocessing)
+
+    @classmethod
+    def from_timm(cls, name: str) -> Classifier:
+        """A network with the weights that timm publishes for it, downloaded if necessary.
+
+        Raises:
+            ValueError: if the name is unknown or there are no such weights.
+        """
+        model = create_model(name, {}, pretrained=True).eval()
+        preprocessing = published_preprocessing(name)
+        if preprocessing is None:
+            raise ValueError(f"model={name!r}: timm says nothing about its input, so its weights cannot be used")
+        return cls(name, model, _published_classes(model), preprocessing)
+
+    def check_classes(self, classes: tuple[str, ...]) -> None:
+        """See that a data set has this network's classes (only their number, if the network's have other names).
+
+        Raises:
+            ValueError: if not.
+        """
+        if len(classes) != len(self.classes):
+            raise ValueError(f"{self.name} has {len(self.classes)} classes, the data have {len(classes)}")
+        if set(classes) == set(self.classes) and classes != self.classes:
+            raise ValueError(f"{self.name} and the data have the same classes in different orders")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One class with its probability."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says about an image and about its mirror image.
+
+    Attributes:
+        image: the file.
+        best: the likeliest classes, the likeliest first.
+        mirrored: the same for the mirror image.
+        same_answer: whether the likeliest class is the same.
+        largest_logit_difference: between the two, over all classes.
+    """
+
+    image: str
+    best: tuple[Answer, ...]
+    mirrored: tuple[Answer, ...]
+    same_answer: bool
+    largest_logit_difference: float
+
+
+def predict(classifier: Classifier, path: str | Path, device: torch.device, count: int = 5) -> Prediction:
+    """Classify an image file and its mirror image.
+
+    Args:
+        classifier: the network; it is moved to the device.
+        path: the file.
+        device: where to compute.
+        count: how many classes to name.
+
+    Raises:
+        ValueError: if the file cannot be read or the logits are not finite.
+    """
+    channels = classifier.preprocessing.input_size[0]
+    pixels = image_transform(classifier.preprocessing)(read_image(path, channels))
+    model = classifier.model.to(device)
+    with torch.no_grad():
+        logits, mirrored = (model(view[None].to(device))[0].double().cpu() for view in (pixels, pixels.flip(-1)))
+    if not bool(torch.isfinite(logits).all() and torch.isfinite(mirrored).all()):
+        raise ValueError(f"{path}: the logits of {classifier.name} are not finite")
+    best, best_mirrored = (_best(values, classifier.classes, count) for values in (logits, mirrored))
+    return Prediction(
+        image=str(path),
+        best=best,
+        mirrored=best_mirrored,
+        same_answer=best[0].name == best_mirrored[0].name,
+        largest_logit_difference=float((logits - mirrored).abs().max()),
+    )
+
+
+def _best(logits: Tensor, classes: tuple[str, ...], count: int) -> tuple[Answer, ...]:
+    top = logits.softmax(0).topk(min(count, len(classes)))
+    return tuple(Answer(classes[i], float(p)) for p, i in zip(top.values, top.indices.tolist(), strict=True))
+
+
+def _published_classes(model: nn.Module) -> tuple[str, ...]:
+    """ImageNet's names where timm knows that the model was trained on it, else numbers."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    count = int(model.num_classes)  # type: ignore[arg-type]
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return tuple(map(str, range(count)))
+    info = ImageNetInfo(subset)
+    return tuple(map(info.index_to_description, range(count)))
