@@ -101,7 +101,9 @@ class CheckReport:
         lines += [f"problem: {problem}" for problem in self.problems]
         verdict = "equivariant" if self.passed else "NOT equivariant"
         dtype = str(self.dtype).removeprefix("torch.")
-        lines.append(f"{verdict}: largest relative error {self.max_error:.1e}, tolerance {self.tolerance:.0e} ({dtype})")
+        lines.append(
+            f"{verdict}: largest relative error {self.max_error:.1e}, tolerance {self.tolerance:.0e} ({dtype})"
+        )
         return "\n".join(lines)
 
 
@@ -135,7 +137,9 @@ def check(
         ValueError: if the input size does not fit, or ``batch_size < 2``.
     """
     if batch_size < 2:
-        raise ValueError(f"batch_size={batch_size} is too small: at least 2 images are needed to notice a constant output")
+        raise ValueError(
+            f"batch_size={batch_size} is too small: at least 2 images are needed to notice a constant output"
+        )
     model = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
     group = as_image_group(group if group is not None else getattr(model, "group", "flop"))
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -169,8 +173,8 @@ def check(
 def randomize_parameters(model: nn.Module, generator: torch.Generator) -> None:
     """Fill all parameters so that signals keep their size and nothing is zero.
 
-    Matrices and kernels are normal with variance 1 / fan-in, biases normal with standard deviation 0.5, all other vectors
-    (scales) uniform in [0.5, 1.5].
+    Matrices and kernels are normal with variance 1 / fan-in, biases normal with standard deviation 0.5, all other
+    vectors (scales) uniform in [0.5, 1.5].
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
@@ -185,11 +189,12 @@ def randomize_parameters(model: nn.Module, generator: torch.Generator) -> None:
         parameter.copy_(value)
 
 
+#: A value, and for features of tokens their type, token grid and number of prefix tokens.
 Feature = tuple[Tensor, tuple[Rep, tuple[int, int], int] | None]
 
 
-def _run(model: nn.Module, images: Tensor) -> dict[str, Feature]:
-    """The output, where the model claims that it is invariant, and features with their type, grid and prefix tokens."""
+def _run(model: Any, images: Tensor) -> dict[str, Feature]:
+    """The output, where the model claims that it is invariant, and the features after every block."""
     values: dict[str, Feature] = {}
     if getattr(model, "invariant_output", True):
         values["output"] = (model(images), None)

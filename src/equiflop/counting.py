@@ -116,7 +116,9 @@ def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
 
 def _input_shape(model: nn.Module, input_size: tuple[int, ...]) -> tuple[int, ...]:
     if not isinstance(input_size, (tuple, list)) or len(input_size) not in (2, 3) or min(input_size) < 1:
-        raise ValueError(f"input_size={input_size!r} must be (height, width) or (channels, height, width), all positive")
+        raise ValueError(
+            f"input_size={input_size!r} must be (height, width) or (channels, height, width), all positive"
+        )
     if len(input_size) == 2:
         return (int(getattr(model, "in_chans", 3)), *input_size)
     return tuple(input_size)
@@ -139,7 +141,9 @@ def _hooks(model: nn.Module, counted: dict[str, int], made: _MadeProducts) -> It
     for name, module in model.named_modules():
         counter = COUNTERS.get(type(module))
 
-        def before(module: nn.Module, args: tuple[Any, ...], name: str = name, counter: Counter | None = counter) -> None:
+        def before(
+            module: nn.Module, args: tuple[Any, ...], name: str = name, counter: Counter | None = counter
+        ) -> None:
             made.stack.append(name)
             if counter is not None:
                 counted[name] = counted.get(name, 0) + counter(module, args[0])

@@ -15,7 +15,6 @@ import torch
 
 from equiflop.groups import FiniteGroup, FourierPlan, Irrep, Rep, cyclic, dihedral, direct_product, flop, fourier_plan
 
-
 _ELEMENT_NAMES = {
     (1, 0, 0, 1): "identity",
     (0, -1, 1, 0): "quarter turn left",
@@ -77,7 +76,7 @@ class ImageGroup(FiniteGroup):
         return ((new_height - 1 - y) // 2) * new_width + (x + new_width - 1) // 2
 
     def act_on_image(self, a: int, image: torch.Tensor) -> torch.Tensor:
-        """Apply element ``a`` to an image: shape ``(..., H, W)`` to ``(..., H, W)``, or ``(..., W, H)`` if it swaps axes."""
+        """Apply element ``a`` to an image, ``(..., H, W)`` to ``(..., H, W)``, or ``(..., W, H)`` if it swaps axes."""
         if self.swaps_axes_by(a):
             image = image.transpose(-1, -2).flip(-1, -2)
             signs = self.matrices[a][[0, 1], [1, 0]]
@@ -134,7 +133,9 @@ def as_image_group(group: str | ImageGroup) -> ImageGroup:
         return group
     if isinstance(group, str):
         return named_image_group(group)
-    raise TypeError(f"group={group!r} is not an ImageGroup; give one of {', '.join(NAMED_IMAGE_GROUPS)} or an ImageGroup")
+    raise TypeError(
+        f"group={group!r} is not an ImageGroup; give one of {', '.join(NAMED_IMAGE_GROUPS)} or an ImageGroup"
+    )
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def fixed_vectors(irrep: Irrep, subgroup: Sequence[int]) -> np.ndarray:
     Returns:
         shape ``(dim, k)``, float64.
     """
-    projector = np.mean(irrep.matrices[list(subgroup)], axis=0)
+    projector = np.mean(irrep.matrices[np.array(subgroup)], axis=0)
     span = np.zeros((irrep.dim, 0))
     chosen = []
     for vector in projector.T:
@@ -246,7 +247,7 @@ class GridDecomposition:
                 rows = block.start + block.multiplicity * np.arange(block.irrep.dim) + k
                 values = block.irrep.matrices[list(orbit.movers)] @ coordinate.vector
                 scale = np.sqrt(block.irrep.dim / len(orbit.points))
-                matrix[np.ix_(rows, list(orbit.points))] = scale * values.T
+                matrix[np.ix_(rows, np.array(orbit.points))] = scale * values.T
         return matrix
 
     @cached_property

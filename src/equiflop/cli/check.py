@@ -63,7 +63,7 @@ def command(
         loaded = load_model(checkpoint)
         if loaded.spec.name != model:
             raise ValueError(f"{checkpoint}: holds weights of {loaded.spec.name}, not of {model}")
-        network = loaded.model
+        network: Any = loaded.model
         if img_size is not None and hasattr(network, "set_input_size"):
             network.set_input_size(img_size)
     else:

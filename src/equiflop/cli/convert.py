@@ -14,7 +14,9 @@ from equiflop.cli.options import KeyValue
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.option("--model", "name", required=True, help="Which of our models it is, such as flop_deit3_base_patch16_224.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The .safetensors file to write.")
-@click.option("--set", "settings", type=KeyValue(), multiple=True, help="A keyword of the model, such as invariants=norm.")
+@click.option(
+    "--set", "settings", type=KeyValue(), multiple=True, help="A keyword of the model, such as invariants=norm."
+)
 def command(source: Path, name: str, output: Path, settings: tuple[tuple[str, Any], ...]) -> None:
     """Turn official weights into a file that the other commands and timm can read.
 

@@ -28,7 +28,9 @@ def command(pattern: str, img_size: tuple[int, int], as_json: bool) -> None:
     names = [name for name in equiflop.equivariant_models() if fnmatch.fnmatch(name, pattern)]
     if not names:
         raise ValueError(f"PATTERN={pattern!r} matches none of the models; 'equiflop models' lists them all")
-    header = f"{'model':<40} {'params M':>9} {'MACs G':>8}   {'plain twin':<30} {'params M':>9} {'MACs G':>8} {'ratio':>6}"
+    header = (
+        f"{'model':<40} {'params M':>9} {'MACs G':>8}   {'plain twin':<30} {'params M':>9} {'MACs G':>8} {'ratio':>6}"
+    )
     if not as_json:
         click.echo(header)
     rows = []

@@ -21,8 +21,8 @@ PREFIXES = ("_orig_mod.", "module.", "backbone.")
 def read_official(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a ``.safetensors`` or PyTorch file, taken out of its wrappers and freed from prefixes.
 
-    PyTorch files are read with ``weights_only``: a pickle that would run code is refused. The only class beside tensors and
-    containers that is allowed is ``argparse.Namespace``, in which training scripts leave their arguments.
+    PyTorch files are read with ``weights_only``: a pickle that would run code is refused. The only class beside tensors
+    and containers that is allowed is ``argparse.Namespace``, in which training scripts leave their arguments.
 
     Raises:
         ValueError: if the file is missing, damaged, would run code, or holds no state dict.

@@ -7,6 +7,7 @@ tensors, symmetric and antisymmetric. Ours are in raster order, the antisymmetri
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ def _both(official: OfficialWeights, name: str, like: Tensor) -> Tensor:
     return torch.cat([official.take(f"{name}_sym", half), official.take(f"{name}_asym", half)])
 
 
-def _plain_block(official: OfficialWeights, block: nn.Module, name: str, out: dict[str, Tensor]) -> None:
+def _plain_block(official: OfficialWeights, block: Any, name: str, out: dict[str, Tensor]) -> None:
     for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
         _plain(official, block.get_submodule(part), f"{name}.{part}", f"{name}.{part}", out)
     for branch in ("1", "2"):

@@ -43,7 +43,9 @@ class OfficialWeights:
             ValueError: if it is absent or differs.
         """
         value = self._entry(name)
-        if tuple(value.shape) != tuple(expected.shape) or not torch.equal(value.to("cpu", torch.float64), expected.double()):
+        if tuple(value.shape) != tuple(expected.shape) or not torch.equal(
+            value.to("cpu", torch.float64), expected.double()
+        ):
             raise ValueError(f"{name!r} is not {why}, so this checkpoint is not one that the model can represent")
 
     def finish(self) -> None:

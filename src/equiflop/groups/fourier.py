@@ -118,10 +118,8 @@ def _sign_characters(matrix: np.ndarray, table: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def _factor_over(
-    matrix: np.ndarray, table: np.ndarray, subgroup: np.ndarray, coset: np.ndarray
-) -> FourierPlan | None:
-    """One step down the chain: every row restricted to the subgroup, or to its coset, is a row of a smaller transform."""
+def _factor_over(matrix: np.ndarray, table: np.ndarray, subgroup: np.ndarray, coset: np.ndarray) -> FourierPlan | None:
+    """One step down the chain: a row restricted to the subgroup, or to its coset, is a row of a smaller transform."""
     half = len(subgroup)
     smaller: list[np.ndarray] = []
     terms_of_rows: list[list[tuple[int, float]]] = []

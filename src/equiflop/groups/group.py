@@ -207,7 +207,9 @@ def _checked_table(table: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
     array = np.array(table)
     n = len(array)
     if array.ndim != 2 or array.shape != (n, n) or n == 0 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"table has shape {array.shape} and type {array.dtype}; a Cayley table is a square of integers")
+        raise ValueError(
+            f"table has shape {array.shape} and type {array.dtype}; a Cayley table is a square of integers"
+        )
     array = array.astype(np.int64)
     numbers = np.arange(n)
     if not (np.array_equal(array[0], numbers) and np.array_equal(array[:, 0], numbers)):

@@ -43,7 +43,7 @@ def dihedral(n: int) -> FiniteGroup:
     """D_n, the symmetries of a regular n-gon (order ``2n``); all irreps are of real type.
 
     Element ``k < n`` is the rotation ``r^k``; element ``n + k`` is ``m r^k`` (first ``r^k``, then the mirror ``m``).
-    Irreps: ``A1``; ``A2`` (-1 on mirrors); for even ``n`` also ``B1`` (r = -1, m = +1) and ``B2`` (r = -1, m = -1); then
+    Irreps: ``A1``; ``A2`` (-1 on mirrors); for even ``n`` also ``B1`` (r = -1, m = +1) and ``B2`` (r = m = -1); then
     ``E`` or ``E1, E2, ...`` with ``r`` a rotation of the plane and ``m = diag(-1, 1)``, the mirror left to right.
 
     Raises:
@@ -233,11 +233,7 @@ def _partitions(n: int, largest: int | None = None) -> list[tuple[int, ...]]:
     """Partitions of ``n`` with parts in falling order, the largest part first: (n) comes first."""
     if n == 0:
         return [()]
-    return [
-        (first, *rest)
-        for first in range(min(n, largest or n), 0, -1)
-        for rest in _partitions(n - first, first)
-    ]
+    return [(first, *rest) for first in range(min(n, largest or n), 0, -1) for rest in _partitions(n - first, first)]
 
 
 def _young_orthogonal(partition: tuple[int, ...]) -> np.ndarray:

@@ -23,7 +23,7 @@ class Block:
 class Rep:
     """A representation of a group as multiplicities of its irreps, and with it the layout of a feature axis.
 
-    The axis holds, irrep after irrep in the order of ``group.irreps``, a block ``[dim, multiplicity]`` stored row-major:
+    The axis holds, irrep after irrep in the order of ``group.irreps``, a block ``[dim, multiplicity]``, row-major:
     all multiplicities of row 0, then of row 1, and so on. A ``Rep`` is immutable, hashable and holds no feature.
 
     Args:
@@ -138,9 +138,7 @@ class Rep:
         return hash((self.group, self.multiplicities))
 
     def __str__(self) -> str:
-        terms = [
-            f"{m} {irrep.name}" for irrep, m in zip(self.group.irreps, self.multiplicities, strict=True) if m
-        ]
+        terms = [f"{m} {irrep.name}" for irrep, m in zip(self.group.irreps, self.multiplicities, strict=True) if m]
         return f"{self.group.name}: {' + '.join(terms) or '0'}"
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import LayerNorm as PlainLayerNorm
@@ -37,8 +37,8 @@ class EquivariantVisionTransformer(VisionTransformer):
         group: ``"flop"``, ``"updown"``, ``"flips"``, ``"rot4"``, ``"octic"`` or an :class:`~equiflop.ImageGroup`.
         design: see :data:`Design`.
         equivariant_depth: number of equivariant blocks, counted from the image; for hybrid and invariant designs.
-        invariants: ``"trivial"`` or ``"norm"``: what the head sees, or what the plain blocks of an invariant design see.
-        norm_eps: ``eps`` of the equivariant layer norms; by default as published, 1e-6 / 2 for the mirror group, else 1e-6.
+        invariants: ``"trivial"`` or ``"norm"``: what the head, or the plain blocks of an invariant design, see.
+        norm_eps: ``eps`` of the equivariant layer norms; by default 1e-6, and as published 1e-6 / 2 for group ``flop``.
         norm_weighting: see :class:`equiflop.nn.LayerNorm`.
 
     Raises:
@@ -48,6 +48,7 @@ class EquivariantVisionTransformer(VisionTransformer):
     """
 
     pos_embed: PositionEmbedding | None
+    norm: nn.Module
 
     def __init__(
         self,
@@ -98,9 +99,9 @@ class EquivariantVisionTransformer(VisionTransformer):
         rep = Rep.regular_of_dim(group, embed_dim, "embed_dim")
         is_flop = group == named_image_group("flop")
         eps = norm_eps if norm_eps is not None else (0.5e-6 if is_flop else 1e-6)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        def norm_layer(dim: int, **options: object) -> LayerNorm:
+        def norm_layer(dim: int, **options: Any) -> LayerNorm:
             return LayerNorm(rep, eps, weighting=norm_weighting, **dd)
 
         def transition() -> nn.Module:
@@ -108,7 +109,7 @@ class EquivariantVisionTransformer(VisionTransformer):
                 return ToInvariants(rep, invariants or "norm", **dd)
             return ToRegular(rep) if group.order == 2 else nn.Identity()
 
-        def block(depth: int, **options: object) -> nn.Module:
+        def block(depth: int, **options: Any) -> nn.Module:
             if depth < equivariant_depth:
                 shared = ("num_heads", "mlp_ratio", "qkv_bias", "proj_bias", "proj_drop", "attn_drop", "init_values")
                 act = get_act_layer(act_layer)() if act_layer is not None else None
@@ -127,7 +128,7 @@ class EquivariantVisionTransformer(VisionTransformer):
             first.enter = transition()
             return first
 
-        def embed_layer(embed_dim: int, dynamic_img_pad: bool, output_fmt: str = "NLC", **options: object) -> PatchEmbed:
+        def embed_layer(embed_dim: int, dynamic_img_pad: bool, output_fmt: str = "NLC", **options: Any) -> PatchEmbed:
             return PatchEmbed(rep, group, output_fmt=output_fmt, **options)
 
         super().__init__(
@@ -187,7 +188,9 @@ class EquivariantVisionTransformer(VisionTransformer):
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 
-    def _make_final_norms_plain(self, transition: Callable[[], nn.Module], no_plain_block: bool, dd: dict) -> None:
+    def _make_final_norms_plain(
+        self, transition: Callable[[], nn.Module], no_plain_block: bool, dd: dict[str, Any]
+    ) -> None:
         for name in ("norm", "fc_norm"):
             if not isinstance(getattr(self, name), nn.Identity):
                 setattr(self, name, PlainLayerNorm(self.embed_dim, eps=1e-6, **dd))
@@ -228,11 +231,11 @@ class EquivariantVisionTransformer(VisionTransformer):
         for name, module in self.named_modules():
             is_linear = isinstance(module, (Linear, nn.Linear)) and not name.startswith("patch_embed")
             if is_linear and mode == "":
-                weights = [module.weight] if isinstance(module, nn.Linear) else [w for _, w in module.weights()]
-                for weight in weights:
-                    nn.init.trunc_normal_(weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                for parameter in module.parameters():
+                    if parameter is module.bias:
+                        nn.init.zeros_(parameter)
+                    else:
+                        nn.init.trunc_normal_(parameter, std=0.02)
             elif needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         if self.fix_init:
@@ -279,7 +282,8 @@ class EquivariantVisionTransformer(VisionTransformer):
         """Accept images of another size from now on; the position embedding is resampled and stays equivariant.
 
         Raises:
-            ValueError: if the size is not a whole number of patches or does not fit the group, or for another patch size.
+            ValueError: if the size is not a whole number of patches or does not fit the group, or the patch size
+                differs.
         """
         if img_size is not None:
             _check_image_size(self.group, img_size, self.dynamic_img_size)
@@ -293,9 +297,12 @@ class EquivariantVisionTransformer(VisionTransformer):
         grid = tuple(x.shape[1:3]) if self.dynamic_img_size else None
         if self.dynamic_img_size:
             x = x.flatten(1, 2)
-        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
         pad = (0, self.embed_dim - self.rep.multiplicities[0])
-        prefix = [nn.functional.pad(token, pad).expand(len(x), -1, -1) for token in prefix]
+        prefix = [
+            nn.functional.pad(token, pad).expand(len(x), -1, -1)
+            for token in (self.cls_token, self.reg_token)
+            if token is not None
+        ]
         if self.pos_embed is None:
             return torch.cat([*prefix, x], dim=1)
         pos_embed = self.pos_embed(grid)
@@ -329,7 +336,7 @@ def _check_arguments(
         raise ValueError(f"design={design!r} is unknown; choose 'equivariant', 'hybrid' or 'invariant'")
     if design == "hybrid" and invariants is not None:
         raise ValueError(
-            f"invariants={invariants!r} does not apply to a hybrid model: its plain blocks take all channels as they are"
+            f"invariants={invariants!r} does not apply to a hybrid model, whose plain blocks take all channels"
         )
     if pos_embed not in ("learn", "none", ""):
         raise ValueError(f"pos_embed={pos_embed!r} is unknown; choose 'learn' or 'none'")
@@ -364,7 +371,8 @@ def _equivariant_depth(design: str, equivariant_depth: int | None, depth: int) -
     if design == "equivariant":
         if equivariant_depth not in (None, depth):
             raise ValueError(
-                f"equivariant_depth={equivariant_depth} applies to hybrid and inv models; this one is equivariant in all {depth} blocks"
+                f"equivariant_depth={equivariant_depth} applies to hybrid and inv models; "
+                f"this one is equivariant in all {depth} blocks"
             )
         return depth
     if equivariant_depth is None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import Block as PlainBlock
 from torch import Tensor, nn
 
 from equiflop.groups import Rep
-from equiflop.nn import Invariants, split
+from equiflop.nn import Invariants
 from equiflop.nn.invariants import InvariantKind
 
 #: What stands between the equivariant and the plain blocks.

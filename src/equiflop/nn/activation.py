@@ -30,6 +30,8 @@ class FourierActivation(FixedTensors):
     Shape: ``(..., rep.dim)`` to the same.
     """
 
+    fourier: Tensor
+
     def __init__(
         self,
         rep: Rep,
@@ -41,7 +43,9 @@ class FourierActivation(FixedTensors):
         super().__init__()
         copies = rep.regular_copies
         if not copies:
-            raise ValueError(f"rep={rep!r} is not a multiple of the regular representation, which FourierActivation needs")
+            raise ValueError(
+                f"rep={rep!r} is not a multiple of the regular representation, which FourierActivation needs"
+            )
         self.rep = rep
         self.copies = copies
         self.act = nn.GELU() if act is None else act

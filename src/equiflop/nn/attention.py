@@ -18,8 +18,8 @@ from equiflop.nn.linear import Linear
 class Attention(nn.Module):
     """Multi-head self-attention whose attention map is invariant, so that it moves with the tokens.
 
-    Every head gets the share ``multiplicity / num_heads`` of every irrep. Then the group acts on queries and keys of a head
-    by the same orthogonal matrix, and ``q . k`` does not change.
+    Every head gets the share ``multiplicity / num_heads`` of every irrep. Then the group acts on queries and keys of a
+    head by the same orthogonal matrix, and ``q . k`` does not change.
 
     Args:
         rep: type of the feature axis.
@@ -71,9 +71,7 @@ class Attention(nn.Module):
 
     def _to_heads(self, blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Per irrep ``(B, N, d, 3 m)`` to queries, keys and values, each ``(B, heads, N, rep.dim / heads)``."""
-        parts = [
-            block.unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).flatten(-2) for block in blocks
-        ]
+        parts = [block.unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).flatten(-2) for block in blocks]
         return torch.cat(parts, dim=-1).unbind(0)
 
     def _from_heads(self, x: Tensor) -> list[Tensor]:

@@ -29,7 +29,7 @@ def join(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def per_multiplicity(vector: Tensor, rep: Rep) -> Tensor:
-    """Spread one value per (irrep, multiplicity) over the rows: shape ``(sum of multiplicities,)`` to ``(rep.dim,)``."""
+    """Spread one value per (irrep, multiplicity) over the rows, ``(sum of multiplicities,)`` to ``(rep.dim,)``."""
     if len(vector) == rep.dim:
         return vector
     parts = vector.split(rep.multiplicities)

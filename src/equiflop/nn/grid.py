@@ -30,6 +30,11 @@ class GridTransform(FixedTensors):
     axes gives a feature of type ``n * rep``.
     """
 
+    basis: Tensor
+    gather: Tensor
+    pick: Tensor
+    scales: Tensor
+
     def __init__(
         self,
         group: ImageGroup,

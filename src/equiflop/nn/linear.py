@@ -17,9 +17,10 @@ from equiflop.nn.blocks import join, split
 class Linear(nn.Module):
     """The general equivariant linear map between two Reps: block-diagonal over the irreps (Schur's lemma).
 
-    For an irrep with endomorphism algebra of dimension ``e`` (1, 2 or 4) the block is ``sum_k J_k (x) W_k``. It is stored as
-    one 2-D parameter ``weight_<irrep>`` of shape ``(e * m_out, m_in)``, the ``W_k`` below each other; irreps that are absent
-    on one side have none. The bias has one entry per trivial output channel. Bökman et al., arXiv 2502.05169, section 3.
+    For an irrep with endomorphism algebra of dimension ``e`` (1, 2 or 4) the block is ``sum_k J_k (x) W_k``. It is
+    stored as one 2-D parameter ``weight_<irrep>`` of shape ``(e * m_out, m_in)``, the ``W_k`` below each other; irreps
+    that are absent on one side have none. The bias has one entry per trivial output channel.
+    Source: Bökman et al., arXiv 2502.05169, section 3.
 
     Initialised so that inputs of variance 1 give outputs of variance 1.
 
@@ -58,7 +59,9 @@ class Linear(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
             self._weight_names.append(name)
         has_bias = bias and out_rep.multiplicities[0] > 0
-        self.bias = nn.Parameter(torch.empty(out_rep.multiplicities[0], device=device, dtype=dtype)) if has_bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(out_rep.multiplicities[0], device=device, dtype=dtype)) if has_bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -68,7 +71,7 @@ class Linear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def weights(self) -> list[tuple[Irrep, nn.Parameter]]:
+    def weights(self) -> list[tuple[Irrep, Tensor]]:
         """The weight of every irrep that has one."""
         named = zip(self.in_rep.group.irreps, self._weight_names, strict=True)
         return [(irrep, getattr(self, name)) for irrep, name in named if name is not None]
@@ -82,7 +85,7 @@ class Linear(nn.Module):
         return join(self.forward_blocks(split(x, self.in_rep)))
 
     def forward_blocks(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """The same map on a feature that is taken apart: one ``(..., d, m_in)`` per irrep to one ``(..., d, m_out)``."""
+        """The same map on a feature that is taken apart: ``(..., d, m_in)`` per irrep to ``(..., d, m_out)``."""
         outputs = []
         for i, (irrep, x) in enumerate(zip(self.in_rep.group.irreps, blocks, strict=True)):
             name = self._weight_names[i]
@@ -112,7 +115,7 @@ def _schur_block(x: Tensor, weight: Tensor, irrep: Irrep, bias: Tensor | None) -
 
 
 def _algebra_weight(weights: Tensor) -> Tensor:
-    """``sum_k U_k (x) W_k`` for the algebra's units ``U_k``: shape ``(e, m_out, m_in)`` to ``(e * m_out, e * m_in)``."""
+    """``sum_k U_k (x) W_k`` for the algebra's units ``U_k``: ``(e, m_out, m_in)`` to ``(e * m_out, e * m_in)``."""
     e = len(weights)
     units = algebra_units(e)
     rows = []

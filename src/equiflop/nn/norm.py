@@ -43,6 +43,9 @@ class LayerNorm(FixedTensors):
     Shape: ``(..., rep.dim)`` to the same.
     """
 
+    chunk_weight: Tensor
+    centred: Tensor
+
     def __init__(
         self,
         rep: Rep,
@@ -132,7 +135,7 @@ class LayerNorm(FixedTensors):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per (irrep, multiplicity), the same for all rows of an irrep, so that it commutes with the group.
+    """A learned factor per (irrep, multiplicity), the same for all rows of an irrep: it commutes with the group.
 
     Args:
         rep: type of the feature axis.

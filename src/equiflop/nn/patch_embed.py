@@ -17,7 +17,7 @@ from equiflop.warnings import EquiflopWarning
 
 
 class PatchEmbed(nn.Module):
-    """Image to patch tokens: the pixels of a patch are taken apart into irreps, then mapped by an equivariant linear map.
+    """Image to patch tokens: the pixels of a patch are taken apart into irreps, then mapped by an equivariant map.
 
     That costs the block-diagonal share of the MACs (half for the mirror group), where a convolution with tied kernels
     would cost all of them. Has the attributes and methods of timm's ``PatchEmbed``.

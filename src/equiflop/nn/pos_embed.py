@@ -16,10 +16,10 @@ from equiflop.nn.fixed import FixedTensors
 class PositionEmbedding(FixedTensors):
     """A learned field on the token grid with ``pos[g token] = rho(g) pos[token]``.
 
-    It is stored tied by orbits, one value per orbit, so that no optimiser can break the symmetry. Where a token stays in
-    place under part of the group, only the components which that part leaves fixed exist. Parameters are
-    ``weight_<irrep>`` of shape ``(free values, multiplicity)``: for the mirror group row ``i`` belongs to token ``i`` of the left
-    half in raster order (middle column included, where it is not zero).
+    It is stored tied by orbits, one value per orbit, so that no optimiser can break the symmetry. Where a token stays
+    in place under part of the group, only the components which that part leaves fixed exist. Parameters are
+    ``weight_<irrep>`` of shape ``(free values, multiplicity)``: for the mirror group row ``i`` belongs to token
+    ``i`` of the left half in raster order (middle column included, where it is not zero).
 
     Args:
         rep: type of the feature axis.
@@ -143,11 +143,10 @@ class PositionEmbedding(FixedTensors):
         wide = field.float() if field.dtype in (torch.float16, torch.bfloat16) else field
         image = wide.unflatten(0, self.grid_size).permute(2, 0, 1).unsqueeze(0)
         image = F.interpolate(image, size=tuple(grid_size), mode="bicubic", antialias=True)[0]
-        keeps_shape = [a for a in range(self.group.order) if image.shape[-1] == image.shape[-2] or not self.group.swaps_axes_by(a)]
-        total = sum(
-            act_on_channels(self.rep, a, self.group.act_on_image(a, image).permute(1, 2, 0)) for a in keeps_shape
-        )
-        return (total / len(keeps_shape)).flatten(0, 1).to(field.dtype)
+        square = image.shape[-1] == image.shape[-2]
+        keeps_shape = [a for a in range(self.group.order) if square or not self.group.swaps_axes_by(a)]
+        moved = [act_on_channels(self.rep, a, self.group.act_on_image(a, image).permute(1, 2, 0)) for a in keeps_shape]
+        return torch.stack(moved).mean(0).flatten(0, 1).to(field.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.grid_size[0]}x{self.grid_size[1]} tokens, {self.rep}"
