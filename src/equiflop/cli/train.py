@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     help="auto goes on from the newest checkpoint in --out, if there is one; never removes them and starts anew.",
 )
 @click.option(
-    "--model-kwargs", "-m", type=KeyValue(), multiple=True, help="timm's keyword for the model; may be repeated."
+    "--set", "settings", type=KeyValue(), multiple=True, help="A keyword of the model, such as depth=2; repeatable."
 )
-@click.option("--image-size", type=ImageSize(), help="224 or 256x192 (height x width).  [default: the data's]")
+@click.option("--img-size", "image_size", type=ImageSize(), help="224 or 256x192, height first.  [default: the data's]")
 @click.option("--channels", type=click.IntRange(1, 3), help="1 (grey) or 3 (colour).  [default: the data's]")
 @click.option("--epochs", type=int, default=10, show_default=True, help="Passes over the training images.")
 @click.option("--batch-size", type=int, default=128, show_default=True, help="Images a step.")
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate.")
 @click.option("--min-lr", type=float, default=1e-6, show_default=True, help="Learning rate at the end of the cosine.")
 @click.option("--weight-decay", type=float, default=0.05, show_default=True, help="Weight decay.")
-@click.option("--warmup-epochs", type=int, default=1, show_default=True, help="Epochs of linear warm-up.")
+@click.option("--warmup-epochs", type=float, default=1.0, show_default=True, help="Epochs of linear warm-up.")
 @click.option("--label-smoothing", type=float, default=0.1, show_default=True, help="Label smoothing, 0 to 1.")
 @click.option("--drop-path", type=float, default=0.0, show_default=True, help="Stochastic depth of the last block.")
 @click.option("--clip-grad", type=float, default=1.0, show_default=True, help="Largest norm of the gradient, 0: any.")
@@ -54,7 +54,7 @@ def command(
     model: str,
     out: str | None,
     resume: str,
-    model_kwargs: tuple[tuple[str, Any], ...],
+    settings: tuple[tuple[str, Any], ...],
     compile_: bool,
     as_json: bool,
     **options: Any,
@@ -67,14 +67,14 @@ def command(
     \b
     A first try, two minutes on a laptop:
       equiflop train flop_deit3_tiny_patch16_224 --data fashion-mnist \\
-        -m patch_size=7 -m embed_dim=128 -m depth=4 -m num_heads=4 --epochs 2
+        --set patch_size=7 --set embed_dim=128 --set depth=4 --set num_heads=4 --epochs 2
     Your own pictures in photos/train/CLASS/* and photos/test/CLASS/*:
       equiflop train flop_deit3_small_patch16_224 --data photos --epochs 50 --workers 2
     """
     from equiflop.training import TrainConfig, Trainer, TrainingInterrupted
 
     config = TrainConfig(
-        model=model, out=out or str(Path("runs") / model), model_kwargs=dict(model_kwargs), compile=compile_, **options
+        model=model, out=out or str(Path("runs") / model), model_kwargs=dict(settings), compile=compile_, **options
     )
     trainer = Trainer(config)
     start = trainer.resume() if resume == "auto" else None

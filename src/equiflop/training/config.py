@@ -27,7 +27,7 @@ class TrainConfig:
         lr: peak learning rate.
         min_lr: learning rate at the end of the cosine.
         weight_decay: not applied to biases, norms and what the model exempts.
-        warmup_epochs: epochs of linear warm-up.
+        warmup_epochs: epochs of linear warm-up; may be a fraction.
         label_smoothing: share of the target that is spread over all classes.
         drop_path: stochastic depth of the last block; it grows linearly from 0.
         clip_grad: largest norm of the gradient; 0 for no limit.
@@ -58,7 +58,7 @@ class TrainConfig:
     lr: float = 1e-3
     min_lr: float = 1e-6
     weight_decay: float = 0.05
-    warmup_epochs: int = 1
+    warmup_epochs: float = 1.0
     label_smoothing: float = 0.1
     drop_path: float = 0.0
     clip_grad: float = 1.0

@@ -105,7 +105,7 @@ def evaluate(
                 counts += _count(logits, other, labels)
                 done += size
                 if progress is not None:
-                    progress.update(done, len(split), "measuring")
+                    progress.note(f"measuring {done:,} of {len(split):,} images")
     finally:
         model.train(was_training)
     correct, correct_top5, changed, changed_with_ties = counts.tolist()

@@ -27,19 +27,21 @@ class Progress:
         self.drawn = self.started
         self.width = 0
 
-    def update(self, done: int, total: int, text: str = "") -> None:
-        """Say that ``done`` of ``total`` images are done; ``text`` is added."""
+    def update(self, done: int, total: int, text: str) -> None:
+        """Say that ``done`` of ``total`` are done, and how long the rest will take at the pace so far."""
         now = time.perf_counter()
         if self.first_done is None:
             self.first_done, self.started = done, now
-        if now - self.drawn < (_REDRAW_S if self.live else _PLAIN_LINE_S):
-            return
-        self.drawn = now
-        rate = (done - self.first_done) / max(now - self.started, 1e-9)
-        parts = [f"{self.label} {100 * done / max(total, 1):3.0f} %", text]
-        if rate > 0:
-            parts += [f"{rate:,.0f} images/s", f"{format_seconds((total - done) / rate)} left"]
-        self._write("  ".join(part for part in parts if part))
+        pace = (done - self.first_done) / max(now - self.started, 1e-9)
+        left = f"  {format_seconds((total - done) / pace)} left" if pace > 0 else ""
+        self.note(f"{100 * done / total:3.0f} %  {text}{left}")
+
+    def note(self, text: str) -> None:
+        """Show ``text`` beside the label, unless something was shown a moment ago."""
+        now = time.perf_counter()
+        if now - self.drawn >= (_REDRAW_S if self.live else _PLAIN_LINE_S):
+            self.drawn = now
+            self._write(f"{self.label}  {text}")
 
     def clear(self) -> None:
         """Remove the live line, so that something else can be printed."""

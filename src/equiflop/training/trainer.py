@@ -348,9 +348,12 @@ class Trainer:
     def _show_progress(self) -> None:
         size = self.steps_per_epoch * self.batch_size
         done = self.epoch * size + self.step * self.batch_size
-        loss = self._running.loss / self.step
+        running = self._running
         self.progress.update(
-            done, self.config.epochs * size, f"epoch {self.epoch + 1}/{self.config.epochs}  loss {loss:.3f}"
+            done,
+            self.config.epochs * size,
+            f"epoch {self.epoch + 1}/{self.config.epochs}  loss {running.loss / self.step:.3f}  "
+            f"{running.images / max(running.seconds, 1e-9):,.0f} images/s",
         )
 
     def _write_log(self) -> None:
