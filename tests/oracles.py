@@ -178,5 +178,70 @@ def scramble(module: nn.Module, seed: int = 0) -> nn.Module:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest expected magnitude."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
-    difference = (found.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp_min(1e-300))
+    found, expected = found.detach().double(), expected.detach().double()
+    difference = (found - expected).abs().max()
+    return float(difference / expected.abs().max().clamp_min(1e-300))
+
+
+def dense_linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """The dense matrix ``sum_k J_k (x) W_k`` per irrep and the bias of an equivariant linear layer, float64."""
+    in_rep, out_rep = layer.in_rep, layer.out_rep
+    parameters = dict(layer.named_parameters())
+    matrix = torch.zeros(out_rep.dim, in_rep.dim, dtype=torch.float64)
+    row = column = 0
+    for irrep, m_in, m_out in zip(in_rep.group.irreps, in_rep.multiplicities, out_rep.multiplicities, strict=True):
+        height, width = irrep.dim * m_out, irrep.dim * m_in
+        if m_in and m_out:
+            stored = parameters[f"weight_{irrep.name}"].detach().double()
+            for k, unit in enumerate(irrep.endomorphisms):
+                part = stored[k * m_out : (k + 1) * m_out]
+                matrix[row : row + height, column : column + width] += torch.kron(torch.from_numpy(unit), part)
+        row, column = row + height, column + width
+    bias = torch.zeros(out_rep.dim, dtype=torch.float64)
+    if "bias" in parameters:
+        bias[: out_rep.multiplicities[0]] = parameters["bias"].detach().double()
+    return matrix, bias
+
+
+def dense_attention(layer: nn.Module, x: Tensor) -> Tensor:
+    """Attention with an explicit vector per head: the head's share of every row of every irrep, one after the other."""
+    rep, heads = layer.rep, layer.num_heads
+    qkv_matrix, qkv_bias = dense_linear(layer.qkv)
+    proj_matrix, proj_bias = dense_linear(layer.proj)
+    qkv = x @ qkv_matrix.T + qkv_bias
+    output = torch.zeros_like(x)
+    for head in range(heads):
+        places: list[list[int]] = [[], [], []]  # on the axis of 3 * rep: queries, keys, values
+        own: list[int] = []  # on the axis of rep
+        start3 = start = 0
+        for irrep, m in zip(rep.group.irreps, rep.multiplicities, strict=True):
+            share = m // heads
+            for row in range(irrep.dim):
+                for k in range(head * share, (head + 1) * share):
+                    own.append(start + row * m + k)
+                    for part in range(3):
+                        places[part].append(start3 + row * 3 * m + part * m + k)
+            start3, start = start3 + irrep.dim * 3 * m, start + irrep.dim * m
+        q, k, v = (qkv[..., place] for place in places)
+        weights = torch.softmax(q @ k.mT / (rep.dim / heads) ** 0.5, dim=-1)
+        output[..., own] = weights @ v
+    return output @ proj_matrix.T + proj_bias
+
+
+def dense_norm(x: Tensor, rep: Rep, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Layer norm row by row: each row of 2 or more entries is centred, and one sigma divides all entries."""
+    rows, scales = [], []
+    start = scale_start = 0
+    for irrep, m in zip(rep.group.irreps, rep.multiplicities, strict=True):
+        for _ in range(irrep.dim):
+            if m:
+                row = x[..., start : start + m]
+                rows.append(row - row.mean(-1, keepdim=True) if m > 1 else row)
+                scales.append(weight[scale_start : scale_start + m])
+            start += m
+        scale_start += m
+    centred = torch.cat(rows, dim=-1)
+    result = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps) * torch.cat(scales)
+    if bias is not None:
+        result[..., : rep.multiplicities[0]] += bias
+    return result
