@@ -27,7 +27,7 @@ class CheckRow:
 
     Attributes:
         element: the group element.
-        what: what was compared, ``"output"`` or ``"block 3"``.
+        what: what was compared, ``"output"`` or ``"features 3"``.
         error: ``max |f(g x) - g f(x)| / max |f(x)|``.
     """
 
@@ -155,15 +155,15 @@ def check(
     problems: list[str] = []
     with torch.no_grad():
         reference = _run(model, images)
-        for what, (value, _) in reference.items():
-            problem = _problem(value)
+        for what, value in reference.items():
+            problem = _problem(value.tensor)
             if problem:
                 problems.append(f"{what} {problem}")
         for a in range(group.order):
             moved = _run(model, group.act_on_image(a, images))
-            for what, (value, rep) in reference.items():
-                expected = value if what == "output" else _move_features(group, a, rep, value)
-                error = (moved[what][0].double() - expected.double()).abs().max() / expected.double().abs().max()
+            for what, value in reference.items():
+                expected = value.moved_by(group, a).double()
+                error = (moved[what].tensor.double() - expected).abs().max() / expected.abs().max()
                 rows.append(CheckRow(a, what, float(error.nan_to_num(nan=float("inf")))))
     limit = tolerance if tolerance is not None else TOLERANCES.get(dtype, 1e-5)
     return CheckReport(group, dtype, limit, tuple(rows), tuple(problems))
@@ -189,35 +189,38 @@ def randomize_parameters(model: nn.Module, generator: torch.Generator) -> None:
         parameter.copy_(value)
 
 
-#: A value, and for features of tokens their type, token grid and number of prefix tokens.
-Feature = tuple[Tensor, tuple[Rep, tuple[int, int], int] | None]
+@dataclass(frozen=True)
+class _Value:
+    """An output (without ``rep``), a feature map ``(B, C, H, W)`` or class and register tokens ``(B, P, C)``."""
+
+    tensor: Tensor
+    rep: Rep | None = None
+
+    def moved_by(self, group: ImageGroup, a: int) -> Tensor:
+        """What the element ``a`` makes of it."""
+        if self.rep is None:
+            return self.tensor
+        if self.tensor.ndim == 3:
+            return act_on_channels(self.rep, a, self.tensor)
+        channels_moved = act_on_channels(self.rep, a, self.tensor.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return group.act_on_image(a, channels_moved)
 
 
-def _run(model: Any, images: Tensor) -> dict[str, Feature]:
-    """The output, where the model claims that it is invariant, and the features after every block."""
-    values: dict[str, Feature] = {}
+def _run(model: Any, images: Tensor) -> dict[str, _Value]:
+    """The output, where the model claims that it is invariant, and the features after every block or stage."""
+    values: dict[str, _Value] = {}
     if getattr(model, "invariant_output", True):
-        values["output"] = (model(images), None)
+        values["output"] = _Value(model(images))
     if hasattr(model, "feature_rep"):
-        tokens = model.forward_intermediates(
-            images, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
-        )
-        grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-        for i, found in enumerate(tokens):
+        prefixes = {"return_prefix_tokens": True} if getattr(model, "num_prefix_tokens", 0) else {}
+        for i, found in enumerate(model.forward_intermediates(images, intermediates_only=True, **prefixes)):
             rep = model.feature_rep(i)
             if rep is not None:
-                patches, prefix = found if isinstance(found, tuple) else (found, found[:, :0])
-                values[f"block {i}"] = (torch.cat([prefix, patches], dim=1), (rep, grid, prefix.shape[1]))
+                feature_map, prefix = found if isinstance(found, tuple) else (found, None)
+                values[f"features {i}"] = _Value(feature_map, rep)
+                if prefix is not None:
+                    values[f"class and register tokens {i}"] = _Value(prefix, rep)
     return values
-
-
-def _move_features(group: ImageGroup, a: int, where: tuple[Rep, tuple[int, int], int] | None, value: Tensor) -> Tensor:
-    assert where is not None
-    rep, grid, prefix = where
-    value = act_on_channels(rep, a, value)
-    tokens = value[:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
-    tokens = group.act_on_image(a, tokens).permute(0, 2, 3, 1).flatten(1, 2)
-    return torch.cat([value[:, :prefix], tokens], dim=1)
 
 
 def _problem(value: Tensor) -> str | None:

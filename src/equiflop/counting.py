@@ -73,6 +73,8 @@ COUNTERS: dict[type[nn.Module], Counter] = {
     enn.Linear: lambda module, x: _vectors(x) * module.macs_per_vector,
     enn.FourierActivation: lambda module, x: _vectors(x) * module.macs_per_vector,
     enn.GridTransform: lambda module, x: math.prod(x.shape[:-2]) * x.shape[-1] * module.macs_per_channel,
+    enn.DepthwiseConv: lambda module, x: x.numel() * module.kernel_size**2,
+    enn.TokenMixing: lambda module, x: x.shape[0] * x.shape[-1] * module.linear.macs_per_vector,
     enn.Attention: _equivariant_attention,
     enn.Mlp: _equivariant_mlp,
 }

@@ -54,6 +54,16 @@ class ImageGroup(FiniteGroup):
         """Whether some element exchanges height and width (quarter turns and diagonal mirrors)."""
         return any(self.swaps_axes_by(a) for a in range(self.order))
 
+    @cached_property
+    def mirrors_columns(self) -> bool:
+        """Whether some element reverses the order of columns, or swaps them with rows."""
+        return bool((self.matrices[:, 0, 0] != 1).any())
+
+    @cached_property
+    def mirrors_rows(self) -> bool:
+        """Whether some element reverses the order of rows, or swaps them with columns."""
+        return bool((self.matrices[:, 1, 1] != 1).any())
+
     def swaps_axes_by(self, a: int) -> bool:
         """Whether element ``a`` exchanges height and width."""
         return bool(self.matrices[a, 0, 0] == 0)
@@ -205,6 +215,31 @@ def fixed_vectors(irrep: Irrep, subgroup: Sequence[int]) -> np.ndarray:
     return np.column_stack(chosen) if chosen else np.zeros((irrep.dim, 0))
 
 
+def field_tables(group: ImageGroup, irrep: Irrep, grid_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Fields on a grid with ``f(g p) = rho(g) f(p)``: how each point reads its value from values stored per orbit.
+
+    Where a point stays in place under part of the group, only the components which that part leaves fixed are stored.
+
+    Returns:
+        index: shape ``(points, components)``, the stored rows that a point reads (0 where its coefficients are 0).
+        coefficients: shape ``(points, d, components)``.
+        rows: number of stored rows.
+    """
+    points = grid_size[0] * grid_size[1]
+    index = np.zeros((points, irrep.dim), dtype=np.int64)
+    coefficients = np.zeros((points, irrep.dim, irrep.dim))
+    rows = 0
+    for orbit in grid_orbits(group, *grid_size):
+        vectors = fixed_vectors(irrep, orbit.stabiliser)
+        basis = np.concatenate([endomorphism @ vectors for endomorphism in irrep.endomorphisms], axis=1)
+        components = basis.shape[1]
+        places = np.array(orbit.points)
+        index[places, :components] = rows + np.arange(components)
+        coefficients[places, :, :components] = irrep.matrices[list(orbit.movers)] @ basis
+        rows += components
+    return index, coefficients, rows
+
+
 @dataclass(frozen=True)
 class _Coordinate:
     """One multiplicity of an irrep in the permutation representation of a grid."""
@@ -256,14 +291,17 @@ class GridDecomposition:
         plan = fourier_plan(self.group)
         if plan is None:
             return None
+        order, orbits = self.group.order, len(self.orbits)
         gather = np.stack([orbit.images for orbit in self.orbits], axis=1)
-        picked, scales = [], []
+        picked: list[int] = []
+        scales: list[float] = []
+        source, back_scale = np.zeros((order, orbits), dtype=np.int64), np.zeros((order, orbits))
         row_of_irrep = 0
         for irrep, coordinates in zip(self.group.irreps, self._coordinates, strict=True):
             columns = irrep.regular_multiplicity
             for i in range(irrep.dim):
                 for coordinate in coordinates:
-                    stabiliser = list(self.orbits[coordinate.orbit].stabiliser)
+                    stabiliser = np.array(self.orbits[coordinate.orbit].stabiliser)
                     projected = np.mean(irrep.matrices[stabiliser], axis=0)[:, :columns]
                     overlap = coordinate.vector @ projected
                     sizes = np.linalg.norm(projected, axis=0)
@@ -272,10 +310,25 @@ class GridDecomposition:
                         return None
                     j = int(parallel[0])
                     row = row_of_irrep + i * columns + j
-                    picked.append(row * len(self.orbits) + coordinate.orbit)
-                    scales.append(plan.scale[row] * np.sign(overlap[j]) / (np.sqrt(len(stabiliser)) * sizes[j]))
+                    scale = np.sign(overlap[j]) / (np.sqrt(len(stabiliser)) * sizes[j])
+                    rows = row_of_irrep + i * columns + np.flatnonzero(np.abs(coordinate.vector[:columns]) > 1e-9)
+                    if (
+                        np.abs(coordinate.vector[columns:]).max(initial=0.0) > 1e-9
+                        or back_scale[rows, coordinate.orbit].any()
+                    ):
+                        return None
+                    source[rows, coordinate.orbit] = len(picked)
+                    back_scale[rows, coordinate.orbit] = (
+                        np.array(plan.scale)[rows]
+                        * np.sqrt(len(stabiliser))
+                        * coordinate.vector[rows - row_of_irrep - i * columns]
+                    )
+                    picked.append(row * orbits + coordinate.orbit)
+                    scales.append(plan.scale[row] * scale)
             row_of_irrep += irrep.dim * columns
-        return GridPlan(plan, gather, np.array(picked), np.array(scales))
+        scatter = np.zeros(self.size[0] * self.size[1], dtype=np.int64)
+        scatter[gather.ravel()] = np.arange(gather.size)
+        return GridPlan(plan, gather, np.array(picked), np.array(scales), source, back_scale, scatter)
 
     def _coordinates_of(self, irrep: Irrep) -> list[_Coordinate]:
         free = [i for i, orbit in enumerate(self.orbits) if len(orbit.stabiliser) == 1]
@@ -296,12 +349,18 @@ class GridPlan:
         gather: point of each group element and orbit, shape ``(order, orbits)``.
         pick: for each coordinate its index among the ``order * orbits`` transformed values.
         scale: factor per coordinate, the transform's own scale included.
+        source: on the way back, the coordinate that each of the ``order * orbits`` values is read from.
+        back_scale: its factor, 0 where there is no coordinate; shape ``(order, orbits)``.
+        scatter: on the way back, for each point its place among the ``order * orbits`` values.
     """
 
     fourier: FourierPlan
     gather: np.ndarray
     pick: np.ndarray
     scale: np.ndarray
+    source: np.ndarray
+    back_scale: np.ndarray
+    scatter: np.ndarray
 
 
 @lru_cache(maxsize=256)

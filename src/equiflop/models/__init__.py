@@ -1,7 +1,17 @@
 """Equivariant networks and their plain twins; importing this registers them in timm."""
 
-from equiflop.models import equivariant_deit3  # noqa: F401  (registers)
+from equiflop.models.entry_points import equivariant_models, plain_twin
+from equiflop.models.equivariant_convnext import EquivariantConvNeXt, EquivariantIsotropicConvNeXt
+from equiflop.models.equivariant_resmlp import EquivariantResMLP
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
-from equiflop.models.plain_twins import equivariant_models, plain_twin
+from equiflop.models.isotropic_convnext import IsotropicConvNeXt
 
-__all__ = ["EquivariantVisionTransformer", "equivariant_models", "plain_twin"]
+__all__ = [
+    "EquivariantConvNeXt",
+    "EquivariantIsotropicConvNeXt",
+    "EquivariantResMLP",
+    "EquivariantVisionTransformer",
+    "IsotropicConvNeXt",
+    "equivariant_models",
+    "plain_twin",
+]

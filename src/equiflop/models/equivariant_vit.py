@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from equiflop.grids import ImageGroup, as_image_group, named_image_group
 from equiflop.groups import Rep
+from equiflop.models.image_size import check_image_size
 from equiflop.models.transition import FirstPlainBlock, ToInvariants, ToRegular
 from equiflop.nn import Block, Invariants, LayerNorm, Linear, PatchEmbed, PositionEmbedding
 from equiflop.nn.invariants import InvariantKind
@@ -95,7 +96,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         group = as_image_group(group)
         _check_arguments(design, global_pool, class_token, pos_embed, weight_init, dynamic_img_pad, invariants)
         equivariant_depth = _equivariant_depth(design, equivariant_depth, depth)
-        _check_image_size(group, img_size, dynamic_img_size)
+        check_image_size(group, img_size, dynamic_img_size)
         rep = Rep.regular_of_dim(group, embed_dim, "embed_dim")
         is_flop = group == named_image_group("flop")
         eps = norm_eps if norm_eps is not None else (0.5e-6 if is_flop else 1e-6)
@@ -286,7 +287,7 @@ class EquivariantVisionTransformer(VisionTransformer):
                 differs.
         """
         if img_size is not None:
-            _check_image_size(self.group, img_size, self.dynamic_img_size)
+            check_image_size(self.group, img_size, self.dynamic_img_size)
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
         if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
@@ -380,11 +381,3 @@ def _equivariant_depth(design: str, equivariant_depth: int | None, depth: int) -
     if not 0 <= equivariant_depth <= depth:
         raise ValueError(f"equivariant_depth={equivariant_depth} is not in 0..depth={depth}")
     return equivariant_depth
-
-
-def _check_image_size(group: ImageGroup, img_size: int | tuple[int, int], dynamic_img_size: bool) -> None:
-    if group.swaps_axes and not dynamic_img_size and not isinstance(img_size, int) and img_size[0] != img_size[1]:
-        raise ValueError(
-            f"img_size={tuple(img_size)} is not square, which group {group.name!r} needs since it swaps height and "
-            "width; use group 'flips', or dynamic_img_size=True"
-        )

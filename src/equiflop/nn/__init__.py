@@ -4,19 +4,25 @@ from equiflop.nn.activation import FourierActivation
 from equiflop.nn.attention import Attention
 from equiflop.nn.block import Block
 from equiflop.nn.blocks import join, split
+from equiflop.nn.depthwise import DepthwiseConv
+from equiflop.nn.downsample import Downsample
 from equiflop.nn.dropout import Dropout
 from equiflop.nn.fixed import FixedTensors
 from equiflop.nn.grid import GridTransform
 from equiflop.nn.invariants import Invariants
 from equiflop.nn.linear import Linear
 from equiflop.nn.mlp import Mlp
-from equiflop.nn.norm import LayerNorm, LayerScale
+from equiflop.nn.norm import Affine, LayerNorm, LayerScale
 from equiflop.nn.patch_embed import PatchEmbed
 from equiflop.nn.pos_embed import PositionEmbedding, act_on_channels
+from equiflop.nn.token_mixing import TokenMixing
 
 __all__ = [
+    "Affine",
     "Attention",
     "Block",
+    "DepthwiseConv",
+    "Downsample",
     "Dropout",
     "FixedTensors",
     "FourierActivation",
@@ -28,6 +34,7 @@ __all__ = [
     "Mlp",
     "PatchEmbed",
     "PositionEmbedding",
+    "TokenMixing",
     "act_on_channels",
     "join",
     "split",

@@ -34,6 +34,9 @@ class GridTransform(FixedTensors):
     gather: Tensor
     pick: Tensor
     scales: Tensor
+    source: Tensor
+    back_scales: Tensor
+    scatter: Tensor
 
     def __init__(
         self,
@@ -57,13 +60,16 @@ class GridTransform(FixedTensors):
             return
         self.orbits = plan.gather.shape[1]
         self.fix("gather", plan.gather.reshape(-1), device)
-        self.picks = not np.array_equal(plan.pick, np.arange(height * width))
+        self.picks = not np.array_equal(plan.pick, np.arange(plan.gather.size))
+        self.fix("scatter", plan.scatter, device)
         if self.picks:
             self.fix("pick", plan.pick, device)
-        if len(set(plan.scale.tolist())) == 1:
+            self.fix("source", plan.source.reshape(-1), device)
+        if not self.picks and len(set(plan.scale.tolist())) == 1:
             self.scale = float(plan.scale[0])
         else:
             self.fix("scales", plan.scale[:, None], device, dtype)
+            self.fix("back_scales", plan.back_scale.reshape(-1, 1), device, dtype)
 
     @property
     def macs_per_channel(self) -> int:
@@ -78,6 +84,16 @@ class GridTransform(FixedTensors):
         if self.picks:
             rows = rows.index_select(-2, self.pick)
         return rows * (self.scales.to(rows.dtype) if self.scale is None else self.scale)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """The transform back, rows of ``self.rep`` to points in raster order: ``(..., points, n)`` to the same."""
+        if self.plan is None:
+            return self.basis.mT.to(x.dtype) @ x
+        if self.picks:
+            x = x.index_select(-2, self.source)
+        x = x * (self.back_scales.to(x.dtype) if self.scale is None else self.scale)
+        values = torch.stack(self.plan.synthesise(x.unflatten(-2, (-1, self.orbits)).unbind(-3)), dim=-3)
+        return values.flatten(-3, -2).index_select(-2, self.scatter)
 
     def extra_repr(self) -> str:
         path = "additions" if self.plan is not None else "matrix product"

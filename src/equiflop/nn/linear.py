@@ -110,11 +110,11 @@ def _schur_block(x: Tensor, weight: Tensor, irrep: Irrep, bias: Tensor | None) -
     # Rows come as (algebra element, copy); the algebra's elements join the multiplicities in one larger product.
     copies = irrep.regular_multiplicity
     rows = x.unflatten(-2, (e, copies)).transpose(-3, -2).flatten(-2)  # (..., copies, e * m_in)
-    out = F.linear(rows, _algebra_weight(weight.unflatten(0, (e, m_out))))
+    out = F.linear(rows, algebra_weight(weight.unflatten(0, (e, m_out))))
     return out.unflatten(-1, (e, m_out)).transpose(-3, -2).flatten(-3, -2)
 
 
-def _algebra_weight(weights: Tensor) -> Tensor:
+def algebra_weight(weights: Tensor) -> Tensor:
     """``sum_k U_k (x) W_k`` for the algebra's units ``U_k``: ``(e, m_out, m_in)`` to ``(e * m_out, e * m_in)``."""
     e = len(weights)
     units = algebra_units(e)

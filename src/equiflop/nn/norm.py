@@ -134,6 +134,46 @@ class LayerNorm(FixedTensors):
         return f"{self.rep}, eps={self.eps}{option}"
 
 
+class Affine(nn.Module):
+    """A learned factor per (irrep, multiplicity) and a bias on the trivial irrep: the "norm" of ResMLP.
+
+    Args:
+        rep: type of the feature axis.
+        bias: whether there is a bias.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape: ``(..., rep.dim)`` to the same.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rep = rep
+        self.weight = nn.Parameter(torch.empty(sum(rep.multiplicities), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rep.multiplicities[0], device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scale 1, bias 0."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * per_multiplicity(self.weight, self.rep)
+        return x if self.bias is None else x + F.pad(self.bias, (0, self.rep.dim - len(self.bias)))
+
+    def extra_repr(self) -> str:
+        return f"{self.rep}, bias={self.bias is not None}"
+
+
 class LayerScale(nn.Module):
     """A learned factor per (irrep, multiplicity), the same for all rows of an irrep: it commutes with the group.
 

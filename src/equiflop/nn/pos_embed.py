@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equiflop.grids import ImageGroup, fixed_vectors, grid_orbits
+from equiflop.grids import ImageGroup, field_tables
 from equiflop.groups import Irrep, Rep
 from equiflop.nn.blocks import split
 from equiflop.nn.fixed import FixedTensors
@@ -50,7 +49,7 @@ class PositionEmbedding(FixedTensors):
         self.grid_size = grid_size
         self._rows: list[int] = []
         for irrep, multiplicity in zip(group.irreps, rep.multiplicities, strict=True):
-            index, coefficients, rows = _orbit_tables(group, irrep, grid_size)
+            index, coefficients, rows = field_tables(group, irrep, grid_size)
             rows = rows if multiplicity else 0
             self._rows.append(rows)
             if rows:
@@ -94,7 +93,7 @@ class PositionEmbedding(FixedTensors):
         for (irrep, rows), block in zip(self._blocks(), split(field, self.rep), strict=True):
             if not rows:
                 continue
-            index, coefficients, _ = _orbit_tables(self.group, irrep, self.grid_size)
+            index, coefficients, _ = field_tables(self.group, irrep, self.grid_size)
             basis = torch.from_numpy(coefficients).to(field)  # tokens, d, components
             values = (basis[..., None] * block[:, :, None].to(field)).sum(1)  # tokens, components, multiplicity
             used = torch.from_numpy((coefficients != 0).any(axis=1)).to(field.device)
@@ -165,26 +164,3 @@ def act_on_channels(rep: Rep, a: int, x: Tensor) -> Tensor:
                 total = total + term
             parts.append(total)
     return torch.cat(parts, dim=-1)
-
-
-def _orbit_tables(group: ImageGroup, irrep: Irrep, grid_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
-    """How each token reads its value of one irrep from the values stored per orbit.
-
-    Returns:
-        index: shape ``(tokens, components)``, the stored rows that a token reads (0 where its coefficients are 0).
-        coefficients: shape ``(tokens, d, components)``.
-        rows: number of stored rows.
-    """
-    tokens = grid_size[0] * grid_size[1]
-    index = np.zeros((tokens, irrep.dim), dtype=np.int64)
-    coefficients = np.zeros((tokens, irrep.dim, irrep.dim))
-    rows = 0
-    for orbit in grid_orbits(group, *grid_size):
-        vectors = fixed_vectors(irrep, orbit.stabiliser)
-        basis = np.concatenate([endomorphism @ vectors for endomorphism in irrep.endomorphisms], axis=1)
-        components = basis.shape[1]
-        points = list(orbit.points)
-        index[points, :components] = rows + np.arange(components)
-        coefficients[points, :, :components] = irrep.matrices[list(orbit.movers)] @ basis
-        rows += components
-    return index, coefficients, rows

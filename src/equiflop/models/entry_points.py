@@ -1,0 +1,234 @@
+"""Every model by name: the tables that define them, their plain twins, and their registration in timm."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._registry import _model_entrypoints
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from equiflop.models.equivariant_convnext import EquivariantConvNeXt, EquivariantIsotropicConvNeXt
+from equiflop.models.equivariant_resmlp import EquivariantResMLP
+from equiflop.models.equivariant_vit import EquivariantVisionTransformer
+from equiflop.models.isotropic_convnext import IsotropicConvNeXt
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What the models of one family share.
+
+    Attributes:
+        model_class: their class.
+        last_features: ``out_indices`` of ``features_only`` by default: the last n, or these.
+        cfg: how their input differs from the usual one.
+    """
+
+    model_class: type[nn.Module]
+    last_features: int | tuple[int, ...] = 3
+    cfg: dict[str, Any] = field(default_factory=dict)
+
+
+_FIXED_SIZE = {"fixed_input_size": True, "crop_pct": 0.9}
+_E_VIT = _Family(EquivariantVisionTransformer, cfg=_FIXED_SIZE)
+_E_RESMLP = _Family(EquivariantResMLP, cfg=_FIXED_SIZE)
+_E_CONVNEXT = _Family(EquivariantConvNeXt, (0, 1, 2, 3), {"classifier": "head.fc"})
+_E_ISOTROPIC = _Family(EquivariantIsotropicConvNeXt, cfg={"classifier": "head.fc"})
+_VIT = _Family(VisionTransformer, cfg={**_FIXED_SIZE, "first_conv": "patch_embed.proj"})
+_RESMLP = _Family(MlpMixer, cfg={**_FIXED_SIZE, "first_conv": "stem.proj"})
+_ISOTROPIC = _Family(IsotropicConvNeXt, cfg={"classifier": "head.fc", "first_conv": "stem"})
+
+# Width, depth, heads and patch size of DeiT III; those of the other families: arXiv 2502.05169, section 4 and its code.
+_DEIT3_SIZES: dict[str, dict[str, Any]] = {
+    "tiny_patch16": {"embed_dim": 192, "depth": 12, "num_heads": 3, "patch_size": 16},
+    "small_patch16": {"embed_dim": 384, "depth": 12, "num_heads": 6, "patch_size": 16},
+    "medium_patch16": {"embed_dim": 512, "depth": 12, "num_heads": 8, "patch_size": 16},
+    "base_patch16": {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16},
+    "large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "patch_size": 16},
+    "huge_patch14": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14},
+}
+_DEIT3_DESIGNS: dict[str, dict[str, Any]] = {
+    "flop": {"group": "flop", "design": "equivariant"},
+    "flop_hybrid": {"group": "flop", "design": "hybrid"},
+    "flop_inv": {"group": "flop", "design": "invariant"},
+}
+_RESMLP_SIZES: dict[str, dict[str, Any]] = {
+    "12": {"embed_dim": 384, "num_blocks": 12, "init_values": 0.1},
+    "24": {"embed_dim": 384, "num_blocks": 24, "init_values": 1e-5},
+    "big_24": {"embed_dim": 768, "num_blocks": 24, "init_values": 1e-6},
+    "large_24": {"embed_dim": 1280, "num_blocks": 24, "init_values": 1e-6},
+}
+_CONVNEXT_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)},
+    "small": {"depths": (3, 3, 27, 3), "dims": (96, 192, 384, 768)},
+    "base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)},
+    "large": {"depths": (3, 3, 27, 3), "dims": (192, 384, 768, 1536)},
+    "xlarge": {"depths": (3, 3, 27, 3), "dims": (256, 512, 1024, 2048)},
+}
+_ISOTROPIC_SIZES: dict[str, dict[str, Any]] = {
+    "small": {"depth": 18, "dim": 384},
+    "base": {"depth": 18, "dim": 768},
+    "large": {"depth": 36, "dim": 1024},
+}
+
+_MODELS: dict[str, tuple[_Family, dict[str, Any]]] = {}
+_PLAIN_TWINS: dict[str, tuple[str, dict[str, Any]]] = {}
+
+for _prefix, _design in _DEIT3_DESIGNS.items():
+    for _size, _args in _DEIT3_SIZES.items():
+        _name = f"{_prefix}_deit3_{_size}_224"
+        _MODELS[_name] = _E_VIT, {**_args, **_design}
+        _PLAIN_TWINS[_name] = f"deit3_{_size}_224", {}
+for _size, _args in _RESMLP_SIZES.items():
+    _MODELS[f"flop_resmlp_{_size}_224"] = _E_RESMLP, {**_args, "patch_size": 16}
+    # timm's resmlp_big_24_224 has patches of 8 pixels, the published network of 16.
+    _PLAIN_TWINS[f"flop_resmlp_{_size}_224"] = f"resmlp_{_size}_224", {"patch_size": 16} if _size == "big_24" else {}
+for _size, _args in _CONVNEXT_SIZES.items():
+    _MODELS[f"flop_convnext_{_size}"] = _E_CONVNEXT, _args
+    _PLAIN_TWINS[f"flop_convnext_{_size}"] = f"convnext_{_size}", {}
+for _size, _args in _ISOTROPIC_SIZES.items():
+    _MODELS[f"flop_convnext_isotropic_{_size}"] = _E_ISOTROPIC, _args
+    _PLAIN_TWINS[f"flop_convnext_isotropic_{_size}"] = f"convnext_isotropic_{_size}", {}
+
+_RESMLP_BIG: dict[str, Any] = {
+    "num_blocks": 24,
+    "embed_dim": 768,
+    "mlp_ratio": 4,
+    "block_layer": partial(ResBlock, init_values=1e-6),
+    "norm_layer": Affine,
+}
+
+# Plain twins that timm lacks.
+_PLAIN_MODELS: dict[str, tuple[_Family, dict[str, Any]]] = {
+    "deit3_tiny_patch16_224": (
+        _VIT,
+        {**_DEIT3_SIZES["tiny_patch16"], "no_embed_class": True, "init_values": 1e-6},
+    ),
+    "resmlp_large_24_224": (_RESMLP, {**_RESMLP_BIG, "patch_size": 16, "embed_dim": 1280}),
+    **{f"convnext_isotropic_{size}": (_ISOTROPIC, args) for size, args in _ISOTROPIC_SIZES.items()},
+}
+
+
+def plain_twin(name: str) -> tuple[str, dict[str, Any]]:
+    """The plain network that an equivariant one is compared with.
+
+    Args:
+        name: name of an equivariant model.
+
+    Returns:
+        timm's name of the plain twin and the keywords that differ from its defaults.
+
+    Raises:
+        ValueError: if the name is none of an equivariant model.
+
+    >>> plain_twin("flop_resmlp_big_24_224")
+    ('resmlp_big_24_224', {'patch_size': 16})
+    """
+    if name not in _PLAIN_TWINS:
+        close = difflib.get_close_matches(name, _PLAIN_TWINS, n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; 'equiflop models' lists them"
+        raise ValueError(f"name={name!r} is not an equivariant model{hint}")
+    twin, overrides = _PLAIN_TWINS[name]
+    return twin, dict(overrides)
+
+
+def equivariant_models() -> list[str]:
+    """Names of all equivariant models, family by family."""
+    return list(_PLAIN_TWINS)
+
+
+def _input_cfg(family: _Family) -> dict[str, Any]:
+    """timm's description of a model's input; there are no weights to download."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": None,
+        "classifier": "head",
+        "license": "apache-2.0",
+        **family.cfg,
+    }
+
+
+def _refuse_pretrained(name: str, kwargs: dict[str, Any]) -> None:
+    """Stop unless the caller's ``pretrained_cfg`` says where there are weights.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    sources = ("url", "file", "state_dict", "hf_hub_id")
+    for cfg in (kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")):
+        values = cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})
+        if any(values.get(source) for source in sources):
+            return
+    how = f"; convert official ones: equiflop convert IN --model {name} -o OUT" if name in _PLAIN_TWINS else ""
+    raise ValueError(f"pretrained=True: there are no weights of {name} to download{how}")
+
+
+def _entry_point(name: str, family: _Family, model_args: dict[str, Any]) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            _refuse_pretrained(name, kwargs)
+        out_indices = kwargs.pop("out_indices", family.last_features)
+        return build_model_with_cfg(
+            family.model_class,
+            name,
+            pretrained,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            **{**model_args, **kwargs},
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"{name}: {family.model_class.__name__} with {model_args}."
+    return create
+
+
+_TO_REGISTER = {
+    **_MODELS,
+    **{name: entry for name, entry in _PLAIN_MODELS.items() if not timm.is_model(name)},
+}
+
+default_cfgs = generate_default_cfgs({name: _input_cfg(family) for name, (family, _) in _TO_REGISTER.items()})
+
+
+def _accept_patch_size(name: str) -> None:
+    """Let timm's ResMLP entry point take ``patch_size``.
+
+    It passes its own value beside the caller's, so that ``create_model(name, patch_size=16)`` is a TypeError ("multiple
+    values"), but the published network is exactly that. Without ``patch_size`` it is called as it is.
+    """
+    original = timm.models.model_entrypoint(name)
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if "patch_size" not in kwargs:
+            return original(pretrained=pretrained, **kwargs)
+        if pretrained:
+            raise ValueError(f"pretrained=True: the weights of {name} are for its own patch size")
+        model = _RESMLP_BIG | kwargs
+        out_indices = model.pop("out_indices", _RESMLP.last_features)
+        feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
+        return build_model_with_cfg(MlpMixer, name, pretrained, feature_cfg=feature_cfg, **model)
+
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = original.__module__
+    create.__doc__ = original.__doc__
+    _model_entrypoints[name] = create
+
+
+__all__ = ["equivariant_models", "plain_twin"]  # register_model appends the entry points
+
+for _name, (_family, _args) in _TO_REGISTER.items():
+    globals()[_name] = register_model(_entry_point(_name, _family, _args))
+_accept_patch_size("resmlp_big_24_224")

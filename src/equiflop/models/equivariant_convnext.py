@@ -1,0 +1,386 @@
+"""E(ConvNeXt) and its isotropic form, with timm's names, methods and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, get_act_layer, to_ntuple
+from timm.models._manipulate import checkpoint_seq
+from timm.models.convnext import ConvNeXt
+from torch import Tensor, nn
+
+from equiflop.grids import ImageGroup, as_image_group, named_image_group
+from equiflop.groups import Rep
+from equiflop.models.isotropic_convnext import IsotropicConvNeXt
+from equiflop.nn import DepthwiseConv, Downsample, Invariants, LayerScale, Linear, Mlp, PatchEmbed
+from equiflop.nn import LayerNorm as EquivariantLayerNorm
+from equiflop.nn.invariants import InvariantKind
+
+
+def _norm(rep: Rep, dd: dict[str, Any]) -> EquivariantLayerNorm:
+    """As published: ``eps`` = 1e-6 stands in a sum that is halved for the mirror group."""
+    return EquivariantLayerNorm(rep, 0.5e-6 if rep.group == named_image_group("flop") else 1e-6, **dd)
+
+
+class EquivariantConvNeXtBlock(nn.Module):
+    """Depthwise convolution, layer norm and MLP in a residual branch.
+
+    Args:
+        rep: type of the channels.
+        group: the group that acts on the image.
+        kernel_size: side of the depthwise kernels.
+        ls_init_value: initial layer scale, None for none.
+        act: the pointwise function; GELU by default.
+        conv_bias: whether the convolution and the linear maps have biases.
+        mlp_ratio: hidden width over ``rep.dim``.
+        drop_path: probability to drop the branch, per sample.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape: ``(B, rep.dim, H, W)`` to the same.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        group: ImageGroup,
+        *,
+        kernel_size: int = 7,
+        ls_init_value: float | None = 1e-6,
+        act: nn.Module | None = None,
+        conv_bias: bool = True,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden_rep = Rep.regular_of_dim(group, int(rep.dim * mlp_ratio), f"int({rep.dim} * mlp_ratio)")
+        self.conv_dw = DepthwiseConv(rep, group, kernel_size, conv_bias, **dd)
+        self.norm = _norm(rep, dd)
+        self.mlp = Mlp(rep, hidden_rep, act=act, **dd)
+        self.ls = nn.Identity() if ls_init_value is None else LayerScale(rep, ls_init_value, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.ls(self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1))))
+        return x + self.drop_path(branch.permute(0, 3, 1, 2))
+
+
+class EquivariantStem(nn.Module):
+    """Patch embedding to a feature map, with an optional norm; refuses images whose size breaks the symmetry further
+    in.
+
+    Args:
+        rep: type of the channels.
+        group: the group that acts on the image.
+        patch_size: pixels per position along each side.
+        in_chans: image channels.
+        stride: pixels per position of the last feature map: mirrored sides must be a multiple of it.
+        norm: whether a layer norm follows.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape: ``(B, in_chans, H, W)`` to ``(B, rep.dim, H / p, W / p)``.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        group: ImageGroup,
+        patch_size: int,
+        in_chans: int,
+        stride: int,
+        norm: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.group = group
+        self.stride = stride
+        self.proj = PatchEmbed(
+            rep, group, patch_size, patch_size, in_chans, strict_img_size=False, output_fmt="NHWC", **dd
+        )
+        self.norm = _norm(rep, dd) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        patch = self.proj.patch_size[0]
+        sides = (("height", x.shape[-2], self.group.mirrors_rows), ("width", x.shape[-1], self.group.mirrors_columns))
+        for side, pixels, mirrored in sides:
+            if (mirrored and pixels % self.stride) or pixels < patch:
+                fits = max(pixels // self.stride, 1) * self.stride
+                raise ValueError(
+                    f"image {side} {pixels} is not a multiple of {self.stride}, which group {self.group.name!r} "
+                    f"needs to mirror every feature map; use {fits} or {fits + self.stride}"
+                )
+        x = x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]
+        return self.norm(self.proj(x)).permute(0, 3, 1, 2)
+
+
+class EquivariantConvNeXtStage(nn.Module):
+    """A 2x2 downsampling behind a norm (but in the first stage), then blocks.
+
+    Args:
+        in_rep: type of the input channels.
+        rep: type of the channels of the stage.
+        group: the group that acts on the image.
+        downsample: whether the stage halves the resolution.
+        drop_path_rates: one per block.
+        block_options: keywords of :class:`EquivariantConvNeXtBlock`.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape: ``(B, in_rep.dim, H, W)`` to ``(B, rep.dim, H, W)`` or ``(B, rep.dim, H / 2, W / 2)``.
+    """
+
+    def __init__(
+        self,
+        in_rep: Rep,
+        rep: Rep,
+        group: ImageGroup,
+        *,
+        downsample: bool,
+        drop_path_rates: Sequence[float],
+        block_options: dict[str, Any],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.downsample: nn.Module = nn.Identity()
+        if downsample:
+            bias = block_options["conv_bias"]
+            self.downsample = nn.Sequential(_norm(in_rep, dd), Downsample(in_rep, rep, group, bias, **dd))
+        self.blocks = nn.Sequential(
+            *[EquivariantConvNeXtBlock(rep, group, drop_path=rate, **block_options, **dd) for rate in drop_path_rates]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
+
+class InvariantHead(nn.Module):
+    """Invariants of every position, their mean, plain layer norm, classifier.
+
+    Args:
+        rep: type of the channels.
+        num_classes: classes; 0 for no classifier.
+        pool_type: ``"avg"``, or ``""`` to return the equivariant feature map as it is.
+        kind: which invariants.
+        drop_rate: dropout before the classifier.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: for another pooling.
+
+    Shape: ``(B, rep.dim, H, W)`` to ``(B, num_classes)``.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        num_classes: int,
+        pool_type: str,
+        kind: InvariantKind,
+        drop_rate: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.invariants = Invariants(rep, kind)
+        self.num_features = self.invariants.out_features
+        self.norm = LayerNorm(self.num_features, eps=1e-6, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type, device=device, dtype=dtype)
+
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Replace the classifier, and the pooling if one is given; ``reset_other`` removes the norm (see timm)."""
+        if pool_type is not None:
+            if pool_type not in ("avg", ""):
+                reason = "the maximum of a sign-flipping channel is not equivariant; " if "max" in pool_type else ""
+                raise ValueError(f"global_pool={pool_type!r} is not supported: {reason}use 'avg' or ''")
+            self.pool_type = pool_type
+        if not self.pool_type and num_classes:
+            raise ValueError(f"global_pool='' returns feature maps, so num_classes={num_classes} must be 0")
+        if reset_other:
+            self.norm = nn.Identity()
+        self.fc: nn.Module = (
+            nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
+        )
+        self.fc.train(self.training)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if not self.pool_type:
+            return x
+        x = self.invariants(x.permute(0, 2, 3, 1)).mean((1, 2))
+        x = self.drop(self.norm(x))
+        return x if pre_logits else self.fc(x)
+
+
+class EquivariantConvNeXt(ConvNeXt):
+    """A ConvNeXt whose feature maps transform under a group of mirrorings.
+
+    Keywords of timm's ``ConvNeXt`` keep their meaning; those of our own are:
+
+    Args:
+        group: ``"flop"``, ``"updown"``, ``"flips"`` or an :class:`~equiflop.ImageGroup` with one-dimensional irreps.
+        invariants: ``"trivial"`` or ``"norm"``: what the head sees.
+
+    Raises:
+        ValueError: if the widths do not fit the group, or the group has irreps of dimension above 1.
+
+    Feature maps are ``(B, C, H, W)`` in channels-last memory, channels ordered by ``self.reps[stage]``.
+    Source: Bökman et al., arXiv 2502.05169, section 4.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        kernel_sizes: int | Sequence[int] = 7,
+        ls_init_value: float | None = 1e-6,
+        patch_size: int = 4,
+        head_init_scale: float = 1.0,
+        conv_bias: bool = True,
+        act_layer: str | type[nn.Module] | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        group: str | ImageGroup = "flop",
+        invariants: InvariantKind | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        if len(depths) != len(dims):
+            raise ValueError(f"depths={tuple(depths)} and dims={tuple(dims)} differ in length")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        group = as_image_group(group)
+        self.group = group
+        self.reps = [Rep.regular_of_dim(group, dim, f"dims[{i}]") for i, dim in enumerate(dims)]
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.stem = EquivariantStem(
+            self.reps[0], group, patch_size, in_chans, patch_size * 2 ** (len(dims) - 1), norm=True, **dd
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        kernels = to_ntuple(len(dims))(kernel_sizes)
+        self.stages = nn.Sequential(
+            *[
+                EquivariantConvNeXtStage(
+                    self.reps[max(i - 1, 0)],
+                    rep,
+                    group,
+                    downsample=i > 0,
+                    drop_path_rates=rates[i],
+                    block_options={
+                        "kernel_size": kernels[i],
+                        "ls_init_value": ls_init_value,
+                        "act": get_act_layer(act_layer)() if act_layer is not None else None,
+                        "conv_bias": conv_bias,
+                    },
+                    **dd,
+                )
+                for i, rep in enumerate(self.reps)
+            ]
+        )
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self.num_features = dims[-1]
+        self.norm_pre = nn.Identity()
+        self.head = InvariantHead(self.reps[-1], num_classes, global_pool, invariants or "trivial", drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        _init_convnext(self, head_init_scale)
+
+    def feature_rep(self, stage: int) -> Rep:
+        """Type of the channels after stage ``stage``."""
+        return self.reps[stage]
+
+
+class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
+    """An isotropic ConvNeXt whose feature maps transform under a group of mirrorings.
+
+    Keywords are those of :class:`IsotropicConvNeXt` and ``group`` and ``invariants`` of :class:`EquivariantConvNeXt`.
+
+    Raises:
+        ValueError: if the width does not fit the group, or the group has irreps of dimension above 1.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        patch_size: int = 16,
+        depth: int = 18,
+        dim: int = 384,
+        kernel_size: int = 7,
+        ls_init_value: float | None = None,
+        head_init_scale: float = 1.0,
+        act_layer: str | type[nn.Module] | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        group: str | ImageGroup = "flop",
+        invariants: InvariantKind | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        group = as_image_group(group)
+        rep = Rep.regular_of_dim(group, dim, "dim")
+        self._describe(in_chans, num_classes, patch_size, depth, dim)
+        self.group = group
+        self.rep = rep
+        self.stem = EquivariantStem(rep, group, patch_size, in_chans, patch_size, norm=False, **dd)
+        act = get_act_layer(act_layer)() if act_layer is not None else None
+        self.blocks = nn.Sequential(
+            *[
+                EquivariantConvNeXtBlock(
+                    rep, group, kernel_size=kernel_size, ls_init_value=ls_init_value, act=act, drop_path=rate, **dd
+                )
+                for rate in calculate_drop_path_rates(drop_path_rate, depth)
+            ]
+        )
+        self.head = InvariantHead(rep, num_classes, global_pool, invariants or "trivial", drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        _init_convnext(self, head_init_scale)
+
+    def feature_rep(self, block: int) -> Rep:
+        """Type of the channels after block ``block``."""
+        return self.rep
+
+
+def _init_convnext(model: Any, head_init_scale: float) -> None:
+    """As published: matrices and tied kernels truncated normal 0.02, the stem included, biases 0."""
+    for module in model.modules():
+        if isinstance(module, (Linear, nn.Linear, DepthwiseConv)):
+            for parameter in module.parameters():
+                if parameter is module.bias:
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.trunc_normal_(parameter, std=0.02)
+    with torch.no_grad():
+        for parameter in model.head.fc.parameters():
+            parameter.mul_(head_init_scale)

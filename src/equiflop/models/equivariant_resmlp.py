@@ -1,0 +1,360 @@
+"""E(ResMLP): timm's ``MlpMixer`` with equivariant residual MLP blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from timm.layers import DropPath, QuickGELU, get_act_layer, to_2tuple
+from timm.models.mlp_mixer import MlpMixer
+from torch import Tensor, nn
+
+from equiflop.grids import ImageGroup, as_image_group, grid_decomposition, named_image_group
+from equiflop.groups import Rep
+from equiflop.models.image_size import check_image_size
+from equiflop.nn import (
+    Affine,
+    FixedTensors,
+    FourierActivation,
+    GridTransform,
+    Invariants,
+    LayerScale,
+    Linear,
+    Mlp,
+    PatchEmbed,
+    TokenMixing,
+)
+from equiflop.nn.invariants import InvariantKind
+
+
+class MatchedBias(FixedTensors):
+    """A bias on every channel of a group with one-dimensional irreps, as in the published E(ResMLP).
+
+    In token coordinates it is the same number for all tokens of the channel's own irrep; the product of the two irreps
+    is trivial. On the grid a symmetric channel gets its bias times ``sqrt(1/2)`` everywhere (times 1 in a middle
+    column), an antisymmetric one with opposite signs left and right.
+
+    Args:
+        rep: type of the channels.
+        group: the group that acts on the grid.
+        grid_size: rows and columns of the token grid.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape: ``(B, rows * columns, rep.dim)`` to the same.
+    """
+
+    fields: Tensor
+
+    def __init__(
+        self,
+        rep: Rep,
+        group: ImageGroup,
+        grid_size: tuple[int, int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rep = rep
+        decomposition = grid_decomposition(group, *grid_size)
+        fields = [decomposition.matrix[block.start : block.stop].sum(0) for block in decomposition.rep.blocks()]
+        self.fix("fields", np.stack(fields, axis=1), device, dtype)
+        self.bias = nn.Parameter(torch.zeros(rep.dim, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Zero."""
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        biases = self.bias.split(self.rep.multiplicities)
+        parts = [field[:, None] * bias for field, bias in zip(self.fields.to(x.dtype).unbind(1), biases, strict=True)]
+        return x + torch.cat(parts, dim=1)
+
+
+class PublishedChannelMlp(nn.Module):
+    """The MLP across channels as in the published E(ResMLP): matched biases and the sigmoid form of GELU.
+
+    Args:
+        rep: type of the channels.
+        hidden_rep: type of the hidden channels; a multiple of the regular representation.
+        group: the group that acts on the grid.
+        grid_size: rows and columns of the token grid.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape: ``(B, rows * columns, rep.dim)`` to the same.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        hidden_rep: Rep,
+        group: ImageGroup,
+        grid_size: tuple[int, int],
+        act: nn.Module | None = None,
+        drop: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = Linear(rep, hidden_rep, bias=False, **dd)
+        self.bias1 = MatchedBias(hidden_rep, group, grid_size, **dd)
+        self.act = FourierActivation(hidden_rep, QuickGELU() if act is None else act, **dd)
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden_rep, rep, bias=False, **dd)
+        self.bias2 = MatchedBias(rep, group, grid_size, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(self.act(self.bias1(self.fc1(x))))
+        return self.drop2(self.bias2(self.fc2(x)))
+
+
+class EquivariantResBlock(nn.Module):
+    """Token mixing and channel mixing, each a residual branch with affine "norm" and layer scale.
+
+    Args:
+        rep: type of the channels.
+        group: the group that acts on the grid.
+        grid_size: rows and columns of the token grid.
+        published: whether biases and activation are those of the published mirror network.
+        mlp_ratio: hidden width of the channel MLP over ``rep.dim``.
+        init_values: initial layer scale.
+        act: the pointwise function; by default GELU, in the published network its sigmoid form.
+        drop: dropout of the channel MLP.
+        drop_path: probability to drop a branch, per sample.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape: ``(B, rows * columns, rep.dim)`` to the same.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        group: ImageGroup,
+        grid_size: tuple[int, int],
+        *,
+        published: bool,
+        mlp_ratio: float = 4.0,
+        init_values: float = 1e-4,
+        act: nn.Module | None = None,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden_rep = Rep.regular_of_dim(group, int(rep.dim * mlp_ratio), f"int({rep.dim} * mlp_ratio)")
+        self.norm1 = Affine(rep, bias=not published, **dd)
+        self.linear_tokens = TokenMixing(rep, group, grid_size, matched_bias=published, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = Affine(rep, bias=not published, **dd)
+        self.mlp_channels: nn.Module = (
+            PublishedChannelMlp(rep, hidden_rep, group, grid_size, act, drop, **dd)
+            if published
+            else Mlp(rep, hidden_rep, act=act, drop=drop, **dd)
+        )
+        self.ls1 = LayerScale(rep, init_values, **dd)
+        self.ls2 = LayerScale(rep, init_values, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.linear_tokens(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp_channels(self.norm2(x))))
+
+
+class PublishedHeadInvariants(nn.Module):
+    """The head's invariants of the published E(ResMLP), averaged over tokens.
+
+    Symmetric channels at symmetric tokens and antisymmetric channels at antisymmetric tokens are both invariant; they
+    share the weights behind, so their token coordinates are averaged together. ``"norm"`` adds the absolute values of
+    the other two combinations.
+
+    Args:
+        rep: type of the channels.
+        kind: ``"trivial"`` or ``"norm"``.
+        group: the group that acts on the grid.
+        grid_size: rows and columns of the token grid.
+        device: where the constants are made.
+        dtype: dtype of the constants.
+
+    Shape: ``(B, rows * columns, rep.dim)`` to ``(B, out_features)``.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        kind: InvariantKind,
+        group: ImageGroup,
+        grid_size: tuple[int, int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.out_features = rep.multiplicities[0] if kind == "trivial" else rep.dim
+        self.transform = GridTransform(group, *grid_size, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        symmetric, antisymmetric = self.transform(x).split(self.transform.rep.multiplicities, dim=1)
+        (ss, as_), (sa, aa) = symmetric.chunk(2, dim=-1), antisymmetric.chunk(2, dim=-1)
+        invariants = torch.cat([ss, aa], dim=1).mean(1)
+        if self.kind == "trivial":
+            return invariants
+        return torch.cat([invariants, torch.cat([sa, as_], dim=1).abs().mean(1)], dim=-1)
+
+
+class MeanInvariants(Invariants):
+    """Invariants of every token, averaged over tokens: ``(B, N, rep.dim)`` to ``(B, out_features)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean(1)
+
+
+class EquivariantResMLP(MlpMixer):
+    """A ResMLP whose features transform under a group of image symmetries.
+
+    Between blocks features are plain ``(B, N, C)`` tensors, tokens in raster order, channels ordered by ``self.rep``.
+    For the mirror group it computes what the published E(ResMLP) computes, its peculiarities included (GELU in sigmoid
+    form, a bias on antisymmetric channels at antisymmetric tokens, a head that reads both kinds of invariants with the
+    same weights); other groups use exact GELU, biases on trivial channels and the mean of the invariants.
+
+    Keywords of timm's ResMLP keep their meaning; those of our own are:
+
+    Args:
+        group: ``"flop"``, ``"updown"``, ``"flips"``, ``"rot4"``, ``"octic"`` or an :class:`~equiflop.ImageGroup`.
+        invariants: ``"trivial"`` or ``"norm"``: what the head sees.
+        init_values: initial layer scale.
+
+    Raises:
+        ValueError: if width or image size do not fit the group.
+
+    Source: Bökman et al., arXiv 2502.05169, section 4.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        patch_size: int | tuple[int, int] = 16,
+        num_blocks: int = 12,
+        embed_dim: int = 384,
+        mlp_ratio: float = 4.0,
+        init_values: float = 1e-4,
+        act_layer: str | type[nn.Module] | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        group: str | ImageGroup = "flop",
+        invariants: InvariantKind | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        group = as_image_group(group)
+        if global_pool not in ("avg", ""):
+            raise ValueError(f"global_pool={global_pool!r} is not supported; use 'avg' or ''")
+        check_image_size(group, img_size)
+        rep = Rep.regular_of_dim(group, embed_dim, "embed_dim")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        published = group == named_image_group("flop")
+        stem = PatchEmbed(rep, group, img_size, to_2tuple(patch_size), in_chans, **dd)
+        grid = stem.grid_size
+
+        def block(dim: int, seq_len: int, mlp_ratio: float, drop: float, drop_path: float, **_: Any) -> nn.Module:
+            act = get_act_layer(act_layer)() if act_layer is not None else None
+            return EquivariantResBlock(
+                rep,
+                group,
+                grid,
+                published=published,
+                mlp_ratio=mlp_ratio,
+                init_values=init_values,
+                act=act,
+                drop=drop,
+                drop_path=drop_path,
+                **dd,
+            )
+
+        super().__init__(
+            num_classes=0,
+            img_size=img_size,
+            in_chans=in_chans,
+            patch_size=patch_size,
+            num_blocks=num_blocks,
+            embed_dim=embed_dim,
+            mlp_ratio=mlp_ratio,
+            block_layer=block,
+            norm_layer=lambda dim, **_: nn.Identity(),
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+            global_pool=global_pool,
+            **dd,
+        )
+        self.group = group
+        self.rep = rep
+        self.num_classes = num_classes
+        self.stem = stem
+        kind: InvariantKind = invariants or "trivial"
+        self.invariants: PublishedHeadInvariants | MeanInvariants = (
+            PublishedHeadInvariants(rep, kind, group, grid, **dd) if published else MeanInvariants(rep, kind)
+        )
+        self.head_hidden_size = self.invariants.out_features
+        self.head_norm = Affine(Rep.trivial(group, self.head_hidden_size), **dd)
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self, nlhb: bool = False) -> None:
+        """Linear maps truncated normal 0.02, biases 0, as published; patch embedding as ``nn.Conv2d``."""
+        if not hasattr(self, "head_norm"):
+            return  # timm's constructor calls this before the parts of this class exist
+        for name, module in self.named_modules():
+            if isinstance(module, (Linear, nn.Linear)) and not name.startswith("stem"):
+                for parameter in module.parameters():
+                    if parameter is module.bias:
+                        nn.init.zeros_(parameter)
+                    else:
+                        nn.init.trunc_normal_(parameter, std=0.02)
+
+    def feature_rep(self, block: int) -> Rep:
+        """Type of the features after block ``block``."""
+        return self.rep
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head; see timm.
+
+        Raises:
+            ValueError: if the pooling is not supported.
+        """
+        if global_pool is not None:
+            if global_pool not in ("avg", ""):
+                raise ValueError(f"global_pool={global_pool!r} is not supported; use 'avg' or ''")
+            self.global_pool = global_pool
+        weight = next(self.parameters())
+        self.num_classes = num_classes
+        self.head = (
+            nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+            if num_classes > 0
+            else nn.Identity()
+        )
+        self.head.train(self.training)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Invariants, their mean over tokens, affine "norm" and classifier.
+
+        Args:
+            x: features, shape ``(B, N, embed_dim)``; returned as they are if there is neither pooling nor classifier.
+            pre_logits: return the invariant features, shape ``(B, head_hidden_size)``, instead of the logits.
+        """
+        if self.global_pool == "avg":
+            x = self.head_norm(self.invariants(x))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
