@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping as MappingType
 
 from torch import Tensor, nn
 
-from equiflop.convert.flop_vit import convert_flop_vit
+from equiflop.convert.flop_convnext import map_flop_convnext
+from equiflop.convert.flop_parts import Mapping
+from equiflop.convert.flop_resmlp import map_flop_resmlp
+from equiflop.convert.flop_vit import map_flop_vit
 from equiflop.convert.official import OfficialWeights
 from equiflop.grids import named_image_group
-from equiflop.models import EquivariantVisionTransformer
+from equiflop.models import (
+    EquivariantConvNeXt,
+    EquivariantIsotropicConvNeXt,
+    EquivariantResMLP,
+    EquivariantVisionTransformer,
+)
 
 __all__ = ["convert_official"]
 
 
-def convert_official(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def convert_official(state_dict: MappingType[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Turn a state dict of the official repositories into one of ``model``, which then computes the same function.
 
     The computation is in float64; the result has the dtypes of the model's parameters and loads strictly.
@@ -22,19 +30,25 @@ def convert_official(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
     Args:
         state_dict: the official state dict; see ``equiflop convert`` for files that wrap it.
         model: one of our models with the same dimensions. Official networks with symmetrised antisymmetric features
-            need ``invariants="norm"``.
+            need ``invariants="norm"``, those without layer scale ``ls_init_value=None``.
 
     Raises:
         ValueError: if there is no official counterpart of the model, or naming the first entry that does not fit.
     """
     official = OfficialWeights(state_dict)
-    if isinstance(model, EquivariantVisionTransformer) and model.group == named_image_group("flop"):
-        converted = convert_flop_vit(official, model)
+    mapping = Mapping(official)
+    is_flop = getattr(model, "group", None) == named_image_group("flop")
+    if is_flop and isinstance(model, EquivariantVisionTransformer):
+        map_flop_vit(mapping, model)
+    elif is_flop and isinstance(model, EquivariantResMLP):
+        map_flop_resmlp(mapping, model)
+    elif is_flop and isinstance(model, (EquivariantConvNeXt, EquivariantIsotropicConvNeXt)):
+        map_flop_convnext(mapping, model)
     else:
         raise ValueError(f"model={type(model).__name__} has no official counterpart whose weights could be converted")
     official.finish()
     own = model.state_dict()
-    missing = [name for name in own if name not in converted]
+    missing = [name for name in own if name not in mapping.out]
     if missing:
         raise ValueError(f"{missing[0]!r} of the model has no counterpart in the official state dict")
-    return {name: converted[name].to(tensor.dtype) for name, tensor in own.items()}
+    return {name: mapping.out[name].to(tensor.dtype) for name, tensor in own.items()}
