@@ -1,0 +1,346 @@
+"""Training: exact resume, files that survive accidents, and measurements that count what they say."""
+
+import errno
+import pickle
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from equiflop.data import ImageData, MemorySplit, Preprocessing
+from equiflop.training import (
+    CheckpointError,
+    MirrorAveraged,
+    ModelSpec,
+    NonFiniteLossError,
+    TrainConfig,
+    Trainer,
+    TrainingInterrupted,
+    evaluate,
+    load_model,
+)
+from equiflop.training.checkpoint import load_state, save_weights, saved_states
+from equiflop.training.device import pick_device
+from equiflop.training.interrupt import StopRequest
+
+GREY = Preprocessing((1, 28, 28), (0.3,), (0.35,))
+CPU = torch.device("cpu")
+
+
+def toy_data(train: int = 70, test: int = 30) -> ImageData:
+    """Ten classes of noise around one pattern each: learnable, and in memory."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(0, 200, (10, 1, 28, 28), generator=generator)
+
+    def split(size: int) -> MemorySplit:
+        labels = torch.arange(size) % 10
+        noise = torch.randint(0, 56, (size, 1, 28, 28), generator=generator)
+        return MemorySplit((patterns[labels] + noise).to(torch.uint8), labels, GREY)
+
+    return ImageData("toy", "memory", tuple("abcdefghij"), split(train), split(test))
+
+
+def config_for(out: Path, **changes: object) -> TrainConfig:
+    config = TrainConfig(
+        model="flop_deit3_tiny_patch16_224",
+        data="toy",
+        out=str(out),
+        model_kwargs={"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0},
+        epochs=3,
+        batch_size=8,
+        lr=5e-3,
+        warmup_epochs=0.5,
+        drop_path=0.3,
+        device="cpu",
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+class StopAfter(StopRequest):
+    """Asks to stop once it has been asked ``steps`` times whether to."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def requested(self) -> signal.Signals | None:
+        self.left -= 1
+        return signal.SIGINT if self.left < 0 else None
+
+
+def fingerprint(trainer: Trainer) -> Iterator[Tensor]:
+    yield from trainer.model.state_dict().values()
+    for entry in trainer.optimizer.state_dict()["state"].values():
+        yield from (torch.as_tensor(value) for value in entry.values())
+
+
+def assert_same_outcome(one: Trainer, other: Trainer) -> None:
+    for a, b in zip(fingerprint(one), fingerprint(other), strict=True):
+        assert torch.equal(a, b)
+    timing = {"seconds", "images_per_second"}
+    for mine, theirs in zip(one.history, other.history, strict=True):
+        assert all(asdict(mine)[key] == asdict(theirs)[key] for key in asdict(mine).keys() - timing)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    trainer = Trainer(config_for(tmp_path_factory.mktemp("whole")), toy_data())
+    trainer.run()
+    return trainer
+
+
+class TestResume:
+    def test_learns_at_all(self, uninterrupted: Trainer) -> None:
+        losses = [record.train_loss for record in uninterrupted.history]
+        assert losses[-1] < losses[0] - 0.1
+
+    def test_after_an_epoch(self, uninterrupted: Trainer, tmp_path: Path) -> None:
+        first = Trainer(config_for(tmp_path), toy_data())
+        first.run_epoch()
+        first.save()
+        second = Trainer(config_for(tmp_path), toy_data())
+        torch.manual_seed(12345)
+        assert second.resume() is not None and second.epoch == 1
+        second.run()
+        assert_same_outcome(second, uninterrupted)
+
+    @pytest.mark.parametrize("steps", [0, 1, 5, 8])
+    def test_in_the_middle_of_an_epoch(self, uninterrupted: Trainer, tmp_path: Path, steps: int) -> None:
+        first = Trainer(config_for(tmp_path), toy_data())
+        first.run_epoch()
+        first.save()
+        with pytest.raises(TrainingInterrupted) as stopped:
+            first.run_epoch(StopAfter(steps))
+        assert stopped.value.checkpoint.is_file()
+        second = Trainer(config_for(tmp_path), toy_data())
+        second.resume()
+        assert (second.epoch, second.step) == (1, steps)
+        second.run()
+        assert_same_outcome(second, uninterrupted)
+
+    def test_a_real_signal_leaves_a_usable_checkpoint(self, tmp_path: Path) -> None:
+        trainer = Trainer(config_for(tmp_path, epochs=50), toy_data())
+        original, seen = trainer._train_step, []
+
+        def step_and_signal(images: Tensor, labels: Tensor) -> None:
+            original(images, labels)
+            seen.append(1)
+            if len(seen) == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+        trainer._train_step = step_and_signal  # type: ignore[method-assign]
+        with pytest.raises(TrainingInterrupted, match="epoch 1 after step 3") as stopped:
+            trainer.run()
+        assert stopped.value.signal_number == signal.SIGTERM
+        assert load_model(tmp_path).spec.classes == tuple("abcdefghij")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are put back"
+
+    def test_nothing_to_resume(self, tmp_path: Path) -> None:
+        assert Trainer(config_for(tmp_path), toy_data()).resume() is None
+
+    def test_finished_run_stays_finished(self, uninterrupted: Trainer) -> None:
+        again = Trainer(uninterrupted.config, toy_data())
+        again.resume()
+        assert again.finished
+
+    def test_another_run_is_refused_with_the_difference(self, uninterrupted: Trainer) -> None:
+        with pytest.raises(CheckpointError, match=r"lr=0\.005 there, lr=0\.5 here"):
+            Trainer(replace(uninterrupted.config, lr=0.5), toy_data()).resume()
+
+    def test_damaged_newest_checkpoint_is_named_and_the_previous_one_used(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        trainer = Trainer(config_for(tmp_path), toy_data())
+        trainer.run()
+        newest, previous = saved_states(tmp_path / "checkpoints")
+        whole = newest.read_bytes()
+        for share in range(0, 100, 7):
+            newest.write_bytes(whole[: len(whole) * share // 100])
+            again = Trainer(config_for(tmp_path), toy_data())
+            assert again.resume() == previous
+            assert newest.name in capsys.readouterr().err
+        previous.write_bytes(b"")
+        with pytest.raises(CheckpointError, match=newest.name):
+            Trainer(config_for(tmp_path), toy_data()).resume()
+
+
+class TestFiles:
+    def test_final_weights_give_the_same_logits(self, uninterrupted: Trainer) -> None:
+        trained = load_model(uninterrupted.config.out)
+        assert trained.path.name == "model.safetensors"
+        assert trained.config == uninterrupted.config
+        images, _ = next(uninterrupted.data.test.batches(torch.arange(5), 5))
+        with torch.no_grad():
+            assert torch.equal(trained.model(images), uninterrupted.model.eval()(images))
+
+    def test_log_has_a_row_for_each_epoch(self, uninterrupted: Trainer) -> None:
+        rows = (Path(uninterrupted.config.out) / "log.csv").read_text().splitlines()
+        assert rows[0].startswith("epoch,lr,train_loss") and [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
+
+    def test_only_the_newest_checkpoints_stay(self, uninterrupted: Trainer) -> None:
+        names = [path.name for path in saved_states(Path(uninterrupted.config.out) / "checkpoints")]
+        assert names == ["step-00000024.pt", "step-00000016.pt"]
+
+    def test_a_full_disk_leaves_the_previous_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        trainer = Trainer(config_for(tmp_path), toy_data())
+        trainer.run_epoch()
+        before = trainer.save()
+        trainer.run_epoch()
+
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device.*intact"):
+            trainer.save()
+        assert [path.name for path in before.parent.iterdir()] == [before.name], "no half-written file stays"
+        assert load_state(before).epoch == 1
+
+    @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not a zip"])
+    @pytest.mark.parametrize("name", ["step-00000001.pt", "model.safetensors"])
+    def test_files_of_another_kind_are_refused_by_name(self, tmp_path: Path, name: str, content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=name) as error:
+            load_model(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+    def test_code_in_a_pickle_is_not_run(self, tmp_path: Path) -> None:
+        class Payload:
+            def __reduce__(self) -> tuple[object, tuple[str]]:
+                return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+        (tmp_path / "evil.pt").write_bytes(pickle.dumps(Payload()))
+        with pytest.raises(CheckpointError, match=r"evil\.pt"):
+            load_model(tmp_path / "evil.pt")
+        torch.save(Payload(), tmp_path / "evil.pt")
+        with pytest.raises(CheckpointError, match=r"evil\.pt"):
+            load_model(tmp_path / "evil.pt")
+        assert not (tmp_path / "ran").exists()
+
+    def test_foreign_weights_are_refused(self, tmp_path: Path) -> None:
+        torch.save({"model": {}}, tmp_path / "other.pt")
+        with pytest.raises(CheckpointError, match="not a checkpoint of equiflop train"):
+            load_model(tmp_path / "other.pt")
+        with pytest.raises(CheckpointError, match="no such file"):
+            load_model(tmp_path / "none.pt")
+        with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor a checkpoint"):
+            load_model(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"embed_dim": 48}, "has shape"),
+            ({"depth": 3}, "missing"),
+            ({"depth": 1}, "unexpected"),
+            ({"embed_dim": 15}, "cannot be made"),
+            ({"no_such": 1}, "no_such"),
+        ],
+    )
+    def test_weights_that_do_not_fit_their_description(
+        self, uninterrupted: Trainer, tmp_path: Path, change: dict[str, int], message: str
+    ) -> None:
+        spec = uninterrupted.spec
+        wrong = ModelSpec(spec.name, {**spec.kwargs, **change}, spec.classes, spec.preprocessing)
+        save_weights(tmp_path / "wrong.safetensors", uninterrupted.model, wrong)
+        with pytest.raises(CheckpointError, match=rf"wrong\.safetensors.*{message}"):
+            load_model(tmp_path / "wrong.safetensors")
+
+    def test_nan_weights_are_refused(self, uninterrupted: Trainer, tmp_path: Path) -> None:
+        model = uninterrupted.spec.build()
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0] = float("nan")
+        save_weights(tmp_path / "nan.safetensors", model, uninterrupted.spec)
+        with pytest.raises(CheckpointError, match="NaN"):
+            load_model(tmp_path / "nan.safetensors")
+
+
+class TestErrors:
+    def test_a_loss_that_is_not_finite_names_the_step(self, tmp_path: Path) -> None:
+        trainer = Trainer(config_for(tmp_path), toy_data())
+        trainer.run_epoch()
+        with torch.no_grad():
+            trainer.model.get_parameter("head.weight").fill_(float("inf"))
+        with pytest.raises(NonFiniteLossError, match="epoch 2, step 1 "):
+            trainer.run_epoch()
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"epochs": 0}, {"lr": -1.0}, {"drop_path": 1.5}, {"mirror": -0.1}, {"warmup_epochs": 9}, {"lr": float("nan")}],
+    )
+    def test_values_out_of_range_are_named(self, tmp_path: Path, change: dict[str, float]) -> None:
+        ((name, value),) = change.items()
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            config_for(tmp_path, **change)
+
+    def test_unknown_model_suggests_close_names(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"did you mean .*flop_deit3_small_patch16_224"):
+            Trainer(config_for(tmp_path, model="flop_deit3_smal_patch16_224"), toy_data())
+
+    def test_unknown_keyword_and_device(self, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match="embed_dimm"):
+            Trainer(config_for(tmp_path, model_kwargs={"embed_dimm": 1}), toy_data())
+        with pytest.raises(ValueError, match="device='tpu9'"):
+            pick_device("tpu9")
+
+    def test_config_survives_json_and_refuses_unknown_fields(self, tmp_path: Path) -> None:
+        config = config_for(tmp_path, image_size=(28, 28))
+        assert TrainConfig.from_dict(config.to_dict()) == config
+        with pytest.raises(ValueError, match="unknown training option 'lrr'"):
+            TrainConfig.from_dict({**config.to_dict(), "lrr": 1})
+
+
+class ByBrightness(nn.Module):
+    """Logits that depend on the brightness of the left half only, so mirroring matters."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        left, right = images.float().chunk(2, dim=-1)
+        return torch.stack([left.mean((1, 2, 3)), torch.zeros(len(images)), right.mean((1, 2, 3)) * 0 - 9], dim=1)
+
+
+class TestEvaluation:
+    def split(self) -> MemorySplit:
+        """Left half bright or dark: class 0 if the left half is brighter than grey, else class 1."""
+        images = torch.full((7, 1, 2, 4), 100, dtype=torch.uint8)
+        images[:4, ..., :2] = 200
+        images[4:, ..., :2] = 20
+        images[:3, ..., 2:] = 20
+        images[3:, ..., 2:] = 200
+        labels = torch.tensor([0, 0, 1, 0, 1, 1, 0])
+        return MemorySplit(images, labels, Preprocessing((1, 2, 4), (0.5,), (1.0,)))
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+    def test_counts(self, batch_size: int) -> None:
+        result = evaluate(ByBrightness(), self.split(), batch_size, CPU)
+        assert (result.images, result.correct, result.correct_top5) == (7, 5, 7)
+        assert (result.changed, result.changed_with_ties) == (6, 6)
+        assert result.top1 == 5 / 7 and result.changed_share == 6 / 7
+
+    def test_a_tie_is_not_a_change_but_is_reported(self) -> None:
+        class AlmostTied(ByBrightness):
+            def forward(self, images: Tensor) -> Tensor:
+                return super().forward(images) * 1e-6
+
+        result = evaluate(AlmostTied(), self.split(), 4, CPU)
+        assert (result.changed, result.changed_with_ties) == (0, 6)
+
+    def test_averaging_both_views_is_invariant(self) -> None:
+        result = evaluate(MirrorAveraged(ByBrightness()), self.split(), 4, CPU)
+        assert (result.changed, result.changed_with_ties) == (0, 0)
+
+    def test_equivariant_model_never_changes_its_mind(self, uninterrupted: Trainer) -> None:
+        assert evaluate(uninterrupted.model, uninterrupted.data.test, 8, CPU).changed == 0
+
+    def test_infinite_logits_are_an_error_and_the_mode_is_restored(self) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3))
+        nn.init.constant_(model[1].weight, float("inf"))
+        with pytest.raises(ValueError, match="not finite"):
+            evaluate(model, self.split(), 4, CPU)
+        assert model.training
+
+    def test_skipping_the_mirrored_images(self) -> None:
+        result = evaluate(ByBrightness(), self.split(), 4, CPU, mirrored=False)
+        assert result.correct == 5 and result.changed is None and result.changed_share is None
