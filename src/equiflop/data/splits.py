@@ -98,7 +98,7 @@ class MemorySplit:
         """See :class:`Split`; nothing here is slow enough for worker processes, so ``workers`` has no effect."""
         mean = torch.tensor(self.preprocessing.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.preprocessing.std).view(1, -1, 1, 1)
-        for chosen in samples.split(batch_size):
+        for chosen in _chunks(samples, batch_size):
             images = self.images[chosen]
             if augmentation is not None:
                 images = shift_and_mirror(images, chosen, augmentation)
@@ -160,7 +160,7 @@ class FolderSplit:
         """See :class:`Split`; an unreadable file is a ValueError that names it, never replaced by another."""
         loader: DataLoader[tuple[Tensor, int, str]] = DataLoader(
             _FolderItems(self, augmentation),
-            batch_sampler=[chunk.tolist() for chunk in samples.split(batch_size)],
+            batch_sampler=[chunk.tolist() for chunk in _chunks(samples, batch_size)],
             num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=_leave_signals_to_the_parent,
@@ -170,6 +170,10 @@ class FolderSplit:
             if problem:
                 raise ValueError(problem)
             yield images, labels
+
+
+def _chunks(samples: Tensor, size: int) -> tuple[Tensor, ...]:
+    return samples.split(size) if len(samples) else ()
 
 
 def _image_files(folder: Path) -> list[str]:

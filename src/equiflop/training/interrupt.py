@@ -11,13 +11,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Within the ``with`` block the first SIGINT or SIGTERM is noted in ``signal``; a second one acts as usual.
+    """Within the ``with`` block the first SIGINT or SIGTERM is noted; a second one acts as usual.
 
     Signals reach only the main thread; in another one the block changes nothing.
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self._noted: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -30,8 +30,12 @@ class StopRequest:
     ) -> None:
         self._restore()
 
+    def requested(self) -> signal.Signals | None:
+        """The signal that came, if one did."""
+        return self._noted
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
+        self._noted = signal.Signals(number)
         self._restore()
         os.write(2, b"\nstopping after this step (once more to stop at once)\n")
 

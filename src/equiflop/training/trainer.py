@@ -211,20 +211,17 @@ class Trainer:
         )
         last = time.perf_counter()
         for images, labels in self.data.train.batches(samples, self.batch_size, augmentation, self.config.workers):
-            if stop is not None and stop.signal is not None:
-                self._interrupt(stop.signal)
+            self._stop_if_asked(stop)
             try:
                 self._train_step(images, labels)
             except RuntimeError:  # Ctrl-C in a terminal also ends a compiler that the first step waits for
-                if stop is not None and stop.signal is not None:
-                    self._interrupt(stop.signal)
+                self._stop_if_asked(stop)
                 raise
             now = time.perf_counter()
             self._running.seconds += now - last
             last = now
             self._show_progress()
-        if stop is not None and stop.signal is not None:
-            self._interrupt(stop.signal)
+        self._stop_if_asked(stop)
         return self._finish_epoch()
 
     def save(self) -> Path:
@@ -313,10 +310,11 @@ class Trainer:
         self.epoch, self.step, self._running = self.epoch + 1, 0, _Running()
         return record
 
-    def _interrupt(self, signal_number: int) -> None:
-        epoch, step = self.epoch, self.step
-        self.progress.clear()
-        raise TrainingInterrupted(self.save(), epoch, step, signal_number)
+    def _stop_if_asked(self, stop: StopRequest | None) -> None:
+        signal_number = stop.requested() if stop is not None else None
+        if signal_number is not None:
+            self.progress.clear()
+            raise TrainingInterrupted(self.save(), self.epoch, self.step, signal_number)
 
     def _take(self, state: TrainState, path: Path) -> None:
         differences = self.config.differences(state.config)
