@@ -118,8 +118,8 @@ CASES += [
     grid_case(layer, name) for layer in ("PatchEmbed", "GridTransform", "PositionEmbedding") for name in GRID_GROUPS
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-#: One group without and one with irreps of dimension 2, and one whose transforms are matrix products.
-RUN_GROUPS = ("C2", "D4", "C3", "flop", "octic")
+#: Irreps of every type and of dimension 1 and 2; transforms by additions and by matrix products.
+RUN_GROUPS = ("C2", "D4", "C3", "Q8", "flop", "rot4", "octic")
 run_cases = [case for case in CASES if case.name.split()[1] in RUN_GROUPS]
 each_way_to_run = pytest.mark.parametrize("case", run_cases, ids=[case.name for case in run_cases])
 
