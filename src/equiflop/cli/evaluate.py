@@ -61,9 +61,7 @@ def command(
     images = open_data(data, preprocessing=classifier.preprocessing)
     classifier.check_classes(images.classes)
     progress = Progress(classifier.name)
-    result = evaluate(
-        classifier.model.to(chosen), images.test, batch_size, chosen, workers=workers, progress=progress
-    )
+    result = evaluate(classifier.model.to(chosen), images.test, batch_size, chosen, workers=workers, progress=progress)
     progress.clear()
     if as_json:
         values = {

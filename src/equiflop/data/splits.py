@@ -145,9 +145,7 @@ class FolderSplit:
         unknown = sorted(set(names) - set(self.classes))
         if unknown:
             raise ValueError(f"{root / unknown[0]}: {unknown[0]!r} is not a class of the training images")
-        self.files = [
-            (path, label) for label, name in enumerate(self.classes) for path in _image_files(root / name)
-        ]
+        self.files = [(path, label) for label, name in enumerate(self.classes) for path in _image_files(root / name)]
         if not self.files:
             raise ValueError(f"{root}: holds no images (expected {root}/CLASS/*.jpg or other image files)")
 

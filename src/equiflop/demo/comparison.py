@@ -91,7 +91,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = print) -> De
         OSError: if a file cannot be written.
     """
     started = time.perf_counter()
-    data = _open_data(settings.data, say)
+    settings, data = _open_data(settings, say)
     settings = _compile_if_possible(settings, say)
     equivariant, plain = _trainers(settings, data)
     _train_in_turns(equivariant, plain, say)
@@ -127,18 +127,20 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = print) -> De
     return results
 
 
-def _open_data(source: str | None, say: Callable[[str], object]) -> ImageData:
-    if source is not None:
+def _open_data(settings: DemoSettings, say: Callable[[str], object]) -> tuple[DemoSettings, ImageData]:
+    """The data, and the settings with their source filled in."""
+    source = settings.data or "fashion-mnist"
+    try:
         data = open_data(source)
-    else:
-        try:
-            data = open_data("fashion-mnist")
-        except DataNotFoundError as error:
-            say(f"{error}")
-            say("Using scikit-learn's handwritten digits: a smoke run without any claim about accuracy.")
-            data = open_data("digits")
+    except DataNotFoundError as error:
+        if settings.data is not None:
+            raise
+        say(f"{error}")
+        say("Using scikit-learn's handwritten digits: a smoke run without any claim about accuracy.")
+        source = "digits"
+        data = open_data(source)
     say(f"Data: {data.name} from {data.origin}, {len(data.train):,} images to train on, {len(data.test):,} to test on")
-    return data
+    return replace(settings, data=source), data
 
 
 def _compile_if_possible(settings: DemoSettings, say: Callable[[str], object]) -> DemoSettings:
@@ -164,7 +166,7 @@ def _trainers(settings: DemoSettings, data: ImageData) -> tuple[Trainer, Trainer
     }
     config = TrainConfig(
         model=_MODEL,
-        data=settings.data or data.name,
+        data=str(settings.data),
         out=str(Path(settings.out) / "equivariant"),
         model_kwargs=keywords,
         epochs=settings.epochs,
@@ -213,7 +215,7 @@ def _measure_full_size(settings: DemoSettings, device: torch.device, progress: P
     counts = {name: macs(model, (224, 224)) for name, model in models.items()}
     if settings.compile:
         for model in models.values():
-            model.compile()
+            model.compile(dynamic=False)
     images = torch.randn(_FULL_SIZE_BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(settings.seed))
     rates = measure_throughput(models, images.to(device), settings.rounds, settings.seconds, progress)
     return FullSize(
@@ -237,9 +239,7 @@ def _training_rate(trainer: Trainer) -> float:
     return statistics.median(record.images_per_second for record in trainer.history)
 
 
-def _save(
-    out: Path, results: DemoResults, equivariant: Trainer, plain: Trainer, say: Callable[[str], object]
-) -> None:
+def _save(out: Path, results: DemoResults, equivariant: Trainer, plain: Trainer, say: Callable[[str], object]) -> None:
     examples = _changed_examples(equivariant, plain)
     write_results(out / "results.json", results)
     draw_picture(out / "demo.png", results, examples)

@@ -338,7 +338,8 @@ class Trainer:
             return
         problem = compile_problem(self.device)
         if problem is None:
-            self.model.compile()
+            self.progress.note("compiling, which takes up to a minute")
+            self.model.compile(dynamic=False)
         else:
             self.progress.print(f"torch.compile does not work here ({problem}); going on without it")
         self._compiled = True
