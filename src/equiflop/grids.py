@@ -27,6 +27,32 @@ _ELEMENT_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class ImageMove:
+    """A symmetry of the image plane: first mirror at the diagonal ``x = y`` or not, then reverse axes.
+
+    Attributes:
+        transposes: whether height and width are exchanged.
+        reverses: the axes, of -1 and -2, that are reversed afterwards.
+    """
+
+    transposes: bool
+    reverses: tuple[int, ...]
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> ImageMove:
+        """The move of a signed 2x2 permutation matrix."""
+        transposes = bool(matrix[0, 0] == 0)
+        signs = matrix.sum(axis=1).tolist()
+        return cls(transposes, tuple(axis for axis, sign in zip((-1, -2), signs, strict=True) if sign < 0))
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Shape ``(..., H, W)`` to the same, or to ``(..., W, H)``."""
+        if self.transposes:
+            image = image.transpose(-1, -2).flip(-1, -2)
+        return image.flip(self.reverses) if self.reverses else image
+
+
 class ImageGroup(FiniteGroup):
     """A finite group with a signed 2x2 permutation matrix per element: how it moves ``(x, y)`` on the image plane.
 
@@ -48,6 +74,8 @@ class ImageGroup(FiniteGroup):
         super().__init__(group.table, lambda _: group.irreps, name or group.name)
         self.matrices = _checked_matrices(group, np.array(matrices))
         self.matrices.setflags(write=False)
+        #: What each element does to the last two axes of an image; plain Python, so that compilers can trace it.
+        self.moves = tuple(ImageMove.of(matrix) for matrix in self.matrices)
 
     @cached_property
     def swaps_axes(self) -> bool:
@@ -87,13 +115,7 @@ class ImageGroup(FiniteGroup):
 
     def act_on_image(self, a: int, image: torch.Tensor) -> torch.Tensor:
         """Apply element ``a`` to an image, ``(..., H, W)`` to ``(..., H, W)``, or ``(..., W, H)`` if it swaps axes."""
-        if self.swaps_axes_by(a):
-            image = image.transpose(-1, -2).flip(-1, -2)
-            signs = self.matrices[a][[0, 1], [1, 0]]
-        else:
-            signs = self.matrices[a][[0, 1], [0, 1]]
-        dims = [dim for dim, sign in zip((-1, -2), signs.tolist(), strict=True) if sign < 0]
-        return image.flip(dims) if dims else image
+        return self.moves[a](image)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, ImageGroup) and not np.array_equal(self.matrices, other.matrices):

@@ -300,7 +300,7 @@ class EquivariantVisionTransformer(VisionTransformer):
             x = x.flatten(1, 2)
         pad = (0, self.embed_dim - self.rep.multiplicities[0])
         prefix = [
-            nn.functional.pad(token, pad).expand(len(x), -1, -1)
+            nn.functional.pad(token, pad).expand(x.shape[0], -1, -1)
             for token in (self.cls_token, self.reg_token)
             if token is not None
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +50,10 @@ class PositionEmbedding(FixedTensors):
             grid_size = (side, side)
         self.grid_size = grid_size
         self._rows: list[int] = []
+        # Numbers, not arrays, so that compilers can trace the projection.
+        self._actions = [
+            (move, [irrep.matrices[a].tolist() for irrep in group.irreps]) for a, move in enumerate(group.moves)
+        ]
         for irrep, multiplicity in zip(group.irreps, rep.multiplicities, strict=True):
             index, coefficients, rows = field_tables(group, irrep, grid_size)
             rows = rows if multiplicity else 0
@@ -143,8 +149,11 @@ class PositionEmbedding(FixedTensors):
         image = wide.unflatten(0, self.grid_size).permute(2, 0, 1).unsqueeze(0)
         image = F.interpolate(image, size=tuple(grid_size), mode="bicubic", antialias=True)[0]
         square = image.shape[-1] == image.shape[-2]
-        keeps_shape = [a for a in range(self.group.order) if square or not self.group.swaps_axes_by(a)]
-        moved = [act_on_channels(self.rep, a, self.group.act_on_image(a, image).permute(1, 2, 0)) for a in keeps_shape]
+        moved = [
+            _act(self.rep, matrices, move(image).permute(1, 2, 0))
+            for move, matrices in self._actions
+            if square or not move.transposes
+        ]
         return torch.stack(moved).mean(0).flatten(0, 1).to(field.dtype)
 
     def extra_repr(self) -> str:
@@ -153,9 +162,13 @@ class PositionEmbedding(FixedTensors):
 
 def act_on_channels(rep: Rep, a: int, x: Tensor) -> Tensor:
     """Apply ``rep.matrix(a)`` to the last axis, irrep by irrep; shape ``(..., rep.dim)`` to the same."""
+    return _act(rep, [irrep.matrices[a].tolist() for irrep in rep.group.irreps], x)
+
+
+def _act(rep: Rep, matrices: Sequence[list[list[float]]], x: Tensor) -> Tensor:
+    """Apply one matrix per irrep to the rows of its block."""
     parts = []
-    for block, part in zip(rep.blocks(), split(x, rep), strict=True):
-        matrix = block.irrep.matrices[a].tolist()
+    for matrix, part in zip(matrices, split(x, rep), strict=True):
         rows = part.unbind(-2)
         for coefficients in matrix:
             terms = [row if c == 1.0 else row * c for c, row in zip(coefficients, rows, strict=True) if c]

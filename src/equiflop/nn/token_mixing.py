@@ -98,5 +98,5 @@ def _mix(rows: Tensor, weight: Tensor, irrep: Irrep) -> Tensor:
     if e > 1:
         weight = algebra_weight(weight.unflatten(0, (e, -1)))
     batch = wide.flatten(0, 1)
-    mixed = torch.bmm(weight.expand(len(batch), -1, -1), batch).unflatten(0, wide.shape[:2])
+    mixed = torch.bmm(weight.expand(batch.shape[0], -1, -1), batch).unflatten(0, wide.shape[:2])
     return mixed if e == 1 else mixed.unflatten(2, (e, -1)).transpose(1, 2).flatten(1, 2)
