@@ -40,6 +40,13 @@ def algebra_units(e: int) -> np.ndarray:
     return _UNITS[:e, :e, :e].copy()
 
 
+def algebra_table(e: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """Which unit has an entry at row ``a``, column ``b``, and its sign: ``sum_k U_k (x) W_k`` as a table of blocks."""
+    units = algebra_units(e)
+    where = np.abs(units).argmax(axis=0)
+    return tuple(tuple((int(where[a, b]), float(units[where[a, b], a, b])) for b in range(e)) for a in range(e))
+
+
 @dataclass(frozen=True, eq=False)
 class Irrep:
     """An irreducible orthogonal real representation.

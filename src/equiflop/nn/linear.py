@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiflop.groups import Irrep, Rep
-from equiflop.groups.group import algebra_units
+from equiflop.groups.group import algebra_table
 from equiflop.nn.blocks import join, split
+
+# Plain numbers, so that compilers can trace them.
+_ALGEBRA_TABLES = {e: algebra_table(e) for e in (2, 4)}
 
 
 class Linear(nn.Module):
@@ -116,13 +119,8 @@ def _schur_block(x: Tensor, weight: Tensor, irrep: Irrep, bias: Tensor | None) -
 
 def algebra_weight(weights: Tensor) -> Tensor:
     """``sum_k U_k (x) W_k`` for the algebra's units ``U_k``: ``(e, m_out, m_in)`` to ``(e * m_out, e * m_in)``."""
-    e = len(weights)
-    units = algebra_units(e)
-    rows = []
-    for a in range(e):
-        row = []
-        for b in range(e):
-            k = next(k for k in range(e) if units[k, a, b])
-            row.append(weights[k] if units[k, a, b] > 0 else -weights[k])
-        rows.append(torch.cat(row, dim=1))
-    return torch.cat(rows, dim=0)
+    rows = [
+        torch.cat([weights[k] if sign > 0 else -weights[k] for k, sign in row], dim=1)
+        for row in _ALGEBRA_TABLES[weights.shape[0]]
+    ]
+    return torch.cat(rows)
