@@ -92,10 +92,12 @@ class Linear(nn.Module):
         outputs = []
         for i, (irrep, x) in enumerate(zip(self.in_rep.group.irreps, blocks, strict=True)):
             name = self._weight_names[i]
-            if name is None:
-                outputs.append(x.new_zeros((*x.shape[:-1], self.out_rep.multiplicities[i])))
+            bias = self.bias if i == 0 else None
+            if name is not None:
+                outputs.append(_schur_block(x, getattr(self, name), irrep, bias))
             else:
-                outputs.append(_schur_block(x, getattr(self, name), irrep, self.bias if i == 0 else None))
+                zeros = x.new_zeros((*x.shape[:-1], self.out_rep.multiplicities[i]))
+                outputs.append(zeros if bias is None else zeros + bias)
         return outputs
 
     def extra_repr(self) -> str:
