@@ -203,6 +203,29 @@ class TestFiles:
         assert [path.name for path in before.parent.iterdir()] == [before.name], "no half-written file stays"
         assert load_state(before).epoch == 1
 
+    def test_a_disk_that_fills_up_while_writing(self, tmp_path: Path) -> None:
+        resource = pytest.importorskip("resource")
+        trainer = Trainer(config_for(tmp_path), toy_data())
+        trainer.run_epoch()
+        before = trainer.save()
+        trainer.run_epoch()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before.stat().st_size // 2, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"cannot write.*intact") as error:
+                trainer.save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert error.value.filename is not None and error.value.filename.endswith("step-00000016.pt")
+        assert [path.name for path in before.parent.iterdir()] == [before.name]
+        assert load_state(before).epoch == 1
+
+    def test_others_may_read_what_the_umask_lets_them(self, uninterrupted: Trainer) -> None:
+        reference = Path(uninterrupted.config.out) / "reference"
+        reference.write_text("")
+        assert (Path(uninterrupted.config.out) / "model.safetensors").stat().st_mode == reference.stat().st_mode
+        reference.unlink()
+
     @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not a zip"])
     @pytest.mark.parametrize("name", ["step-00000001.pt", "model.safetensors"])
     def test_files_of_another_kind_are_refused_by_name(self, tmp_path: Path, name: str, content: bytes) -> None:

@@ -37,6 +37,7 @@ _FULL_SIZE_MODEL = "flop_deit3_small_patch16_224"
 _FULL_SIZE_BATCH = 8
 _EVALUATION_BATCH = 250
 _EXAMPLES = 6
+_WARMUP_EPOCHS = 0.2
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ class DemoSettings:
 
     data: str | None = None
     out: str = "demo-output"
-    epochs: int = 3
+    epochs: int = 2
     seed: int = 0
-    width: int = 192
-    depth: int = 4
+    width: int = 256
+    depth: int = 2
     heads: int = 4
     patch: int = 7
     batch_size: int = 64
@@ -74,7 +75,7 @@ class DemoSettings:
     compile: bool = True
     full_size: bool = True
     device: str = "auto"
-    rounds: int = 7
+    rounds: int = 5
     seconds: float = 1.0
 
 
@@ -172,6 +173,7 @@ def _trainers(settings: DemoSettings, data: ImageData) -> tuple[Trainer, Trainer
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         lr=settings.lr,
+        warmup_epochs=_WARMUP_EPOCHS,
         label_smoothing=0.0,
         shift=0,
         seed=settings.seed,

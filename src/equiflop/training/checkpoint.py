@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,21 +61,30 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         OSError: if it cannot be written; the old content is then intact.
     """
-    temporary: str | None = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        reason = f"cannot write ({error.strerror}); what was there before is intact"
-        raise OSError(error.errno, reason, str(path)) from error
+    except (OSError, RuntimeError) as error:
+        failure = _failure_of_the_disk(error)
+        if failure is None:
+            raise
+        reason = f"cannot write ({failure.strerror}); what was there before is intact"
+        raise OSError(failure.errno, reason, str(path)) from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _failure_of_the_disk(error: BaseException | None) -> OSError | None:
+    """The OSError behind an error: torch.save lets a RuntimeError of its own take the place of a failed write."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def save_state(folder: Path, state: TrainState, total_steps: int) -> Path:
