@@ -30,7 +30,7 @@ def convert_official(state_dict: MappingType[str, Tensor], model: nn.Module) -> 
     Args:
         state_dict: the official state dict; see ``equiflop convert`` for files that wrap it.
         model: one of our models with the same dimensions. Official networks with symmetrised antisymmetric features
-            need ``invariants="norm"``, those without layer scale ``ls_init_value=None``.
+            need ``invariants="norm"``, those without layer scale ``ls_init_value=0``.
 
     Raises:
         ValueError: if there is no official counterpart of the model, or naming the first entry that does not fit.

@@ -31,7 +31,7 @@ class EquivariantConvNeXtBlock(nn.Module):
         rep: type of the channels.
         group: the group that acts on the image.
         kernel_size: side of the depthwise kernels.
-        ls_init_value: initial layer scale, None for none.
+        ls_init_value: initial layer scale, None or 0 for none (timm.create_model leaves out keywords that are None).
         act: the pointwise function; GELU by default.
         conv_bias: whether the convolution and the linear maps have biases.
         mlp_ratio: hidden width over ``rep.dim``.
@@ -62,7 +62,7 @@ class EquivariantConvNeXtBlock(nn.Module):
         self.conv_dw = DepthwiseConv(rep, group, kernel_size, conv_bias, **dd)
         self.norm = _norm(rep, dd)
         self.mlp = Mlp(rep, hidden_rep, act=act, **dd)
-        self.ls = nn.Identity() if ls_init_value is None else LayerScale(rep, ls_init_value, **dd)
+        self.ls = LayerScale(rep, ls_init_value, **dd) if ls_init_value else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class IsotropicConvNeXt(nn.Module):
         depth: number of blocks.
         dim: channels.
         kernel_size: side of the depthwise kernels.
-        ls_init_value: initial layer scale, None for none.
+        ls_init_value: initial layer scale, None or 0 for none.
         head_init_scale: factor on the classifier's initial weights.
         act_layer: the pointwise function.
         drop_rate: dropout before the classifier.
@@ -59,7 +59,12 @@ class IsotropicConvNeXt(nn.Module):
         self.blocks = nn.Sequential(
             *[
                 ConvNeXtBlock(
-                    dim, kernel_size=kernel_size, ls_init_value=ls_init_value, act_layer=act_layer, drop_path=rate, **dd
+                    dim,
+                    kernel_size=kernel_size,
+                    ls_init_value=ls_init_value or None,
+                    act_layer=act_layer,
+                    drop_path=rate,
+                    **dd,
                 )
                 for rate in rates
             ]
