@@ -235,7 +235,7 @@ def _problem(value: Tensor) -> str | None:
 
 
 def _own_input_size(model: nn.Module) -> tuple[int, ...]:
-    for part in (getattr(model, "patch_embed", None), model):
+    for part in (getattr(model, "patch_embed", None), getattr(model, "stem", None), model):
         size = getattr(part, "img_size", None)
         if size is not None:
             return tuple(size) if isinstance(size, (tuple, list)) else (size, size)

@@ -168,7 +168,7 @@ class EquivariantResBlock(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp_channels(self.norm2(x))))
 
 
-class PublishedHeadInvariants(nn.Module):
+class PublishedHeadInvariants(Invariants):
     """The head's invariants of the published E(ResMLP), averaged over tokens.
 
     Symmetric channels at symmetric tokens and antisymmetric channels at antisymmetric tokens are both invariant; they
@@ -196,9 +196,7 @@ class PublishedHeadInvariants(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.kind = kind
-        self.out_features = rep.multiplicities[0] if kind == "trivial" else rep.dim
+        super().__init__(rep, kind)
         self.transform = GridTransform(group, *grid_size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -304,7 +302,7 @@ class EquivariantResMLP(MlpMixer):
         self.num_classes = num_classes
         self.stem = stem
         kind: InvariantKind = invariants or "trivial"
-        self.invariants: PublishedHeadInvariants | MeanInvariants = (
+        self.invariants: Invariants = (
             PublishedHeadInvariants(rep, kind, group, grid, **dd) if published else MeanInvariants(rep, kind)
         )
         self.head_hidden_size = self.invariants.out_features
