@@ -26,7 +26,7 @@ def command(source: Path, name: str, output: Path, settings: tuple[tuple[str, An
     \b
     Example: equiflop convert d2_deit_base.pth --model flop_deit3_base_patch16_224 -o base.safetensors
     """
-    from equiflop.convert import convert_official
+    from equiflop.convert import convert_with_report
     from equiflop.convert.files import read_official
     from equiflop.data import Preprocessing
     from equiflop.training.checkpoint import save_weights
@@ -40,11 +40,17 @@ def command(source: Path, name: str, output: Path, settings: tuple[tuple[str, An
         keywords["num_classes"] = len(official["head.weight"])
     model = create_model(name, keywords)
     try:
-        model.load_state_dict(convert_official(official, model))
+        conversion = convert_with_report(official, model)
+        model.load_state_dict(conversion.state_dict)
     except ValueError as error:
         raise ValueError(f"{source}: does not fit {name}: {error}") from error
     preprocessing = published_preprocessing(name)
     assert isinstance(preprocessing, Preprocessing)
     classes = tuple(str(i) for i in range(keywords.pop("num_classes", 0)))
     save_weights(output, model, ModelSpec(name, keywords, classes, preprocessing))
-    click.echo(f"{output}: {len(official)} official entries became {len(model.state_dict())} of {name}")
+    click.echo(f"{output}: {conversion.used} of {len(official)} official entries became {len(conversion.state_dict)}")
+    reasons: dict[str, list[str]] = {}
+    for entry, reason in conversion.left_out.items():
+        reasons.setdefault(reason, []).append(entry)
+    for reason, entries in reasons.items():
+        click.echo(f"left out, {reason}: {entries[0]}" + (f" and {len(entries) - 1} more" if entries[1:] else ""))

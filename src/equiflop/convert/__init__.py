@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as MappingType
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from equiflop.models import (
     EquivariantVisionTransformer,
 )
 
-__all__ = ["convert_official"]
+__all__ = ["Conversion", "convert_official", "convert_with_report"]
 
 
 def convert_official(state_dict: MappingType[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -34,6 +35,30 @@ def convert_official(state_dict: MappingType[str, Tensor], model: nn.Module) -> 
 
     Raises:
         ValueError: if there is no official counterpart of the model, or naming the first entry that does not fit.
+    """
+    return convert_with_report(state_dict, model).state_dict
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted state dict and what became of the official one.
+
+    Attributes:
+        state_dict: the state dict of our model.
+        used: number of official entries that went into it.
+        left_out: official entries that have no place in it, with the reason.
+    """
+
+    state_dict: dict[str, Tensor]
+    used: int
+    left_out: dict[str, str]
+
+
+def convert_with_report(state_dict: MappingType[str, Tensor], model: nn.Module) -> Conversion:
+    """Like :func:`convert_official`, and says which entries were left out.
+
+    Raises:
+        ValueError: see :func:`convert_official`.
     """
     official = OfficialWeights(state_dict)
     mapping = Mapping(official)
@@ -51,4 +76,5 @@ def convert_official(state_dict: MappingType[str, Tensor], model: nn.Module) -> 
     missing = [name for name in own if name not in mapping.out]
     if missing:
         raise ValueError(f"{missing[0]!r} of the model has no counterpart in the official state dict")
-    return {name: mapping.out[name].to(tensor.dtype) for name, tensor in own.items()}
+    converted = {name: mapping.out[name].to(tensor.dtype) for name, tensor in own.items()}
+    return Conversion(converted, len(state_dict) - len(official.left_out), official.left_out)

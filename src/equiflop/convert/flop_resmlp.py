@@ -39,8 +39,8 @@ def _block(mapping: Mapping, block: EquivariantResBlock, name: str) -> None:
     for branch, norm, scale in (("1", block.norm1, block.ls1), ("2", block.norm2, block.ls2)):
         mapping.scale(norm, f"{name}.norm{branch}", f"{name}.norm{branch}")
         mapping.scale(scale, f"{name}.gamma_{branch}", f"{name}.ls{branch}")
-        for _, part in PARTS:  # in the official state dict, but never used by the official network
-            mapping.official.take(f"{name}.norm{branch}.beta_{part}", channels)
+        for _, part in PARTS:
+            mapping.official.ignore(f"{name}.norm{branch}.beta_{part}", channels, "the official network never uses it")
     tokens = block.linear_tokens
     mapping.linear(tokens.linear, f"{name}.attn", f"{name}.linear_tokens.linear", stem="lin")
     biases = [

@@ -18,6 +18,8 @@ class OfficialWeights:
     def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
         self._entries = dict(state_dict)
         self._used: set[str] = set()
+        #: Entries that are known but have no place in our models, with the reason.
+        self.left_out: dict[str, str] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -47,6 +49,17 @@ class OfficialWeights:
             value.to("cpu", torch.float64), expected.double()
         ):
             raise ValueError(f"{name!r} is not {why}, so this checkpoint is not one that the model can represent")
+
+        self.left_out[name] = f"always {why}"
+
+    def ignore(self, name: str, shape: tuple[int, ...], reason: str) -> None:
+        """Leave out an entry whose values do not matter.
+
+        Raises:
+            ValueError: see :meth:`take`.
+        """
+        self.take(name, shape)
+        self.left_out[name] = reason
 
     def finish(self) -> None:
         """Check that every entry was used.
