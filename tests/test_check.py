@@ -103,7 +103,7 @@ def free_position() -> Any:
 
 def bias_on_a_sign_channel() -> Any:
     """Zero in a fresh model, so that it shows in randomised parameters only."""
-    model = small_vit(dtype=torch.float64)
+    model = small_vit(dtype=torch.float64, init_values=0.5)
     model.blocks[1].attn = AttentionWithBias(model.blocks[1].attn, 32)
     return model
 
@@ -170,12 +170,12 @@ def test_randomisation_is_what_finds_zero_biases() -> None:
 def test_a_break_late_in_one_element_is_attributed_to_it() -> None:
     """A network with the up-down symmetry alone, tried with both flips."""
     model = small_vit(dtype=torch.float64, group="updown")
-    report = equiflop.check(lambda_free(model), group="flips")
+    report = equiflop.check(LogitsOnly(model), group="flips")
     assert not report.passed
     assert report.errors[1] < 1e-12 < 1e-3 < min(report.errors[2:])
 
 
-class lambda_free(nn.Module):  # noqa: N801
+class LogitsOnly(nn.Module):
     """The logits of a model and none of its features."""
 
     def __init__(self, model: Any) -> None:
