@@ -103,6 +103,7 @@ class EquivariantStem(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.group = group
         self.stride = stride
+        self._sides = ((-2, "height", group.mirrors_rows), (-1, "width", group.mirrors_columns))
         self.proj = PatchEmbed(
             rep, group, patch_size, patch_size, in_chans, strict_img_size=False, output_fmt="NHWC", **dd
         )
@@ -110,8 +111,8 @@ class EquivariantStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patch = self.proj.patch_size[0]
-        sides = (("height", x.shape[-2], self.group.mirrors_rows), ("width", x.shape[-1], self.group.mirrors_columns))
-        for side, pixels, mirrored in sides:
+        for axis, side, mirrored in self._sides:
+            pixels = x.shape[axis]
             if (mirrored and pixels % self.stride) or pixels < patch:
                 fits = max(pixels // self.stride, 1) * self.stride
                 raise ValueError(
