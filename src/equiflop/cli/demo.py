@@ -12,7 +12,7 @@ from equiflop.cli.options import device_option
 @click.command(name="demo")
 @click.option("--data", help="Folder with Fashion-MNIST's files, or a folder of images.  [default: see below]")
 @click.option("--out", default="demo-output", show_default=True, help="Folder for picture, numbers, networks.")
-@click.option("--epochs", type=click.IntRange(min=1), default=2, show_default=True, help="Passes over the images.")
+@click.option("--epochs", type=click.IntRange(min=1), default=4, show_default=True, help="Passes over the images.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides everything random.")
 @click.option("--no-compile", is_flag=True, help="Do not use torch.compile, even where it works.")
 @click.option("--no-full-size", is_flag=True, help="Leave out the throughput of a full-size pair at 224 px.")

@@ -64,9 +64,9 @@ class DemoSettings:
 
     data: str | None = None
     out: str = "demo-output"
-    epochs: int = 2
+    epochs: int = 4
     seed: int = 0
-    width: int = 256
+    width: int = 192
     depth: int = 2
     heads: int = 4
     patch: int = 7
