@@ -14,8 +14,9 @@ from equiflop.cli.options import ImageSize, json_option
 @click.command(name="models")
 @click.argument("pattern", default="*")
 @click.option("--img-size", type=ImageSize(), default="224", show_default=True, help="Image size for the MACs.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown table, as in docs/models.md.")
 @json_option
-def command(pattern: str, img_size: tuple[int, int], as_json: bool) -> None:
+def command(pattern: str, img_size: tuple[int, int], markdown: bool, as_json: bool) -> None:
     """List the equivariant models with their size and cost beside those of the plain network.
 
     PATTERN chooses some of them, for example "*base*". MACs are multiply-adds of one image.
@@ -28,35 +29,40 @@ def command(pattern: str, img_size: tuple[int, int], as_json: bool) -> None:
     names = [name for name in equiflop.equivariant_models() if fnmatch.fnmatch(name, pattern)]
     if not names:
         raise ValueError(f"PATTERN={pattern!r} matches none of the models; 'equiflop models' lists them all")
-    header = (
-        f"{'model':<40} {'params M':>9} {'MACs G':>8}   {'plain twin':<30} {'params M':>9} {'MACs G':>8} {'ratio':>6}"
-    )
+    columns = ("model", "params M", "MACs G", "plain twin", "params M", "MACs G", "MAC ratio")
+    row_format = "{:<40} {:>9} {:>8}   {:<34} {:>9} {:>8} {:>9}"
+    if markdown:
+        row_format = "| {} | {} | {} | {} | {} | {} | {} |"
     if not as_json:
-        click.echo(header)
+        click.echo(row_format.format(*columns))
+    if markdown and not as_json:
+        click.echo(row_format.format("---", "---:", "---:", "---", "---:", "---:", "---:"))
     rows = []
     for name in names:
         row = _describe(name, img_size)
         rows.append(row)
         if not as_json:
-            click.echo(
-                f"{name:<40} {row['params'] / 1e6:>9.3f} {row['macs'] / 1e9:>8.3f}   {row['plain_twin']:<30} "
-                f"{row['plain_params'] / 1e6:>9.3f} {row['plain_macs'] / 1e9:>8.3f} "
-                f"{row['plain_macs'] / row['macs']:>6.3f}"
-            )
+            click.echo(row_format.format(*_cells(row)))
     if as_json:
         click.echo(json.dumps(rows, indent=2))
 
 
 def _describe(name: str, img_size: tuple[int, int]) -> dict[str, Any]:
+    """Sizes and costs of a model and its plain twin, made on the meta device."""
     import timm
     import torch
 
     import equiflop
+    from equiflop.training.model_spec import input_keywords
 
     twin, overrides = equiflop.plain_twin(name)
-    size = {} if img_size == (224, 224) else {"img_size": img_size}
-    with torch.device("meta"):
-        model, plain = timm.create_model(name, **size), timm.create_model(twin, **overrides, **size)
+
+    def made(model: str, keywords: dict[str, Any]) -> torch.nn.Module:
+        size = {key: value for key, value in input_keywords(model, (3, *img_size)).items() if key == "img_size"}
+        with torch.device("meta"):
+            return timm.create_model(model, **size, **keywords)
+
+    model, plain = made(name, {}), made(twin, overrides)
     return {
         "name": name,
         "params": sum(p.numel() for p in model.parameters()),
@@ -66,3 +72,16 @@ def _describe(name: str, img_size: tuple[int, int]) -> dict[str, Any]:
         "plain_params": sum(p.numel() for p in plain.parameters()),
         "plain_macs": equiflop.macs(plain, img_size),
     }
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    twin = row["plain_twin"] + "".join(f" {key}={value}" for key, value in row["plain_overrides"].items())
+    return (
+        row["name"],
+        f"{row['params'] / 1e6:.3f}",
+        f"{row['macs'] / 1e9:.3f}",
+        twin,
+        f"{row['plain_params'] / 1e6:.3f}",
+        f"{row['plain_macs'] / 1e9:.3f}",
+        f"{row['plain_macs'] / row['macs']:.3f}",
+    )
