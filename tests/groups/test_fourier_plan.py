@@ -44,13 +44,13 @@ def test_no_plan_where_the_order_is_no_power_of_two(name: str) -> None:
     assert fourier_plan(group(name)) is None
 
 
-def test_uniform_scale() -> None:
+def test_scales_belong_to_irreps() -> None:
     plan = fourier_plan(group("C2"))
     assert plan is not None
-    assert plan.uniform_scale == pytest.approx(np.sqrt(0.5), abs=1e-16)
+    assert plan.irrep_scales(group("C2")) == pytest.approx((np.sqrt(0.5), np.sqrt(0.5)), abs=1e-16)
     octic = fourier_plan(group("D4"))
     assert octic is not None
-    assert octic.uniform_scale is None  # 1/sqrt 8 for one-dimensional irreps, 1/2 for E
+    assert octic.irrep_scales(group("D4")) == pytest.approx((*[np.sqrt(1 / 8)] * 4, 0.5), abs=1e-16)
 
 
 def test_numerical_groups_have_a_plan_or_none_but_never_a_wrong_one() -> None:

@@ -36,8 +36,9 @@ def test_equals_the_dense_transform_and_commutes(name: str, copies: int, act: st
     assert (found - expected).abs().max() < 1e-12
     for a in range(0, g.order, max(1, g.order // 6)):
         assert (layer(x @ tensor_action(rep, a).T) - found @ tensor_action(rep, a).T).abs().max() < 1e-12
-    blocks = layer.forward_blocks(split(x, rep))
-    joined = torch.cat([block.flatten(-2) for block in blocks], -1)
+    scaled = [block * scale for block, scale in zip(split(x, rep), layer.irrep_scales, strict=True)]
+    blocks = zip(layer.forward_blocks(scaled), layer.irrep_scales, strict=True)
+    joined = torch.cat([(block * scale).flatten(-2) for block, scale in blocks], -1)
     assert (joined - expected).abs().max() < 1e-12
 
 

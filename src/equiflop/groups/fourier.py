@@ -50,10 +50,10 @@ class FourierPlan:
     stages: tuple[tuple[tuple[Term, ...], ...], ...]
     scale: tuple[float, ...]
 
-    @property
-    def uniform_scale(self) -> float | None:
-        """The common value of ``scale``, or None if its entries differ."""
-        return self.scale[0] if len(set(self.scale)) == 1 else None
+    def irrep_scales(self, group: FiniteGroup) -> tuple[float, ...]:
+        """The scale of each irrep's rows, which is the same for all of them."""
+        starts = np.cumsum([0] + [irrep.dim * irrep.regular_multiplicity for irrep in group.irreps])
+        return tuple(self.scale[start] for start in starts[:-1])
 
     def analyse(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Spatial to isotypic domain without the final ``scale``: one tensor per group element in, one per row out."""
@@ -82,7 +82,12 @@ def fourier_plan(group: FiniteGroup) -> FourierPlan | None:
     """The transform of ``group`` by additions, or None where it has to be a matrix product."""
     if group.order & (group.order - 1):
         return None
-    return _factorise(fourier_matrix(group), group.table)
+    plan = _factorise(fourier_matrix(group), group.table)
+    if plan is None:
+        return None
+    rows = [irrep.dim * irrep.regular_multiplicity for irrep in group.irreps]
+    by_row = np.repeat(plan.irrep_scales(group), rows)
+    return plan if np.array_equal(by_row, plan.scale) else None
 
 
 def _signed_sum(inputs: Sequence[torch.Tensor], terms: Sequence[Term]) -> torch.Tensor:
@@ -98,7 +103,7 @@ def _factorise(matrix: np.ndarray, table: np.ndarray) -> FourierPlan | None:
     n = len(table)
     if n == 1:
         return FourierPlan((0,), (), (1.0,))
-    plans = []
+    plans: list[FourierPlan] = []
     for character in _sign_characters(matrix, table):
         subgroup = np.flatnonzero(character > 0)
         plan = _factor_over(matrix, table, subgroup, table[np.flatnonzero(character < 0)[0], subgroup])

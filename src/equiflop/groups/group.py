@@ -187,6 +187,10 @@ class FiniteGroup:
         matrix[torch.from_numpy(self.table[a].copy()), torch.arange(self.order, device="cpu")] = 1.0
         return matrix
 
+    def __getstate__(self) -> dict[str, object]:
+        """For pickling: the irreps themselves instead of the function that computes them."""
+        return {**self.__dict__, "_irreps_source": self.irreps, "irreps": self.irreps}
+
     def _element(self, argument: str, a: int) -> int:
         if not 0 <= a < self.order:
             raise ValueError(f"{argument}={a} is not an element of {self.name}; elements are 0..{self.order - 1}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from equiflop.groups import Rep, fourier_matrix, fourier_plan
+from equiflop.groups import FourierPlan, Rep, fourier_matrix, fourier_plan
 from equiflop.nn.blocks import join, split
 from equiflop.nn.fixed import FixedTensors
 
@@ -50,7 +50,11 @@ class FourierActivation(FixedTensors):
         self.copies = copies
         self.act = nn.GELU() if act is None else act
         self.plan = fourier_plan(rep.group)
-        if self.plan is None:
+        #: A factor per irrep that belongs to the transform; see :meth:`forward_blocks`.
+        self.irrep_scales = (1.0,) * len(rep.group.irreps)
+        if self.plan is not None:
+            self.irrep_scales = self.plan.irrep_scales(rep.group)
+        else:
             self.fix("fourier", fourier_matrix(rep.group), device, dtype)
 
     @property
@@ -62,32 +66,42 @@ class FourierActivation(FixedTensors):
         if self.plan is None:
             rows = x.unflatten(-1, (self.rep.group.order, self.copies))
             return (self.fourier.to(x.dtype) @ self.act(self.fourier.mT.to(x.dtype) @ rows)).flatten(-2)
-        return torch.stack(self._activate(split(x, self.rep)), dim=-2).flatten(-2)
+        scaled = [block * scale for block, scale in zip(split(x, self.rep), self.irrep_scales, strict=True)]
+        activated = zip(self.forward_blocks(scaled), self.irrep_scales, strict=True)
+        return join([block * scale for block, scale in activated])
 
     def forward_blocks(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """The same function on a feature that is taken apart: ``(..., d, multiplicity)`` per irrep in and out."""
+        """The same function on a feature that is taken apart: ``(..., d, multiplicity)`` per irrep in and out.
+
+        Without the factors ``irrep_scales``, with which input and output are to be multiplied: the linear maps before
+        and behind do that for free.
+        """
         if self.plan is None:
             return split(self.forward(join(blocks)), self.rep)
-        rows = iter(self._activate(blocks))
+        rows = iter(self._activate(blocks, self.plan))
         outputs = []
         for irrep in self.rep.group.irreps:
             count = irrep.dim * irrep.regular_multiplicity
-            stacked = torch.stack([next(rows) for _ in range(count)], dim=-2)
-            outputs.append(stacked.unflatten(-2, (irrep.dim, -1)).flatten(-2))
+            if count == 1:
+                outputs.append(next(rows).unsqueeze(-2))
+            else:
+                stacked = torch.stack([next(rows) for _ in range(count)], dim=-2)
+                outputs.append(stacked.unflatten(-2, (irrep.dim, -1)).flatten(-2))
         return outputs
 
-    def _activate(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """Rows of the Fourier matrix, each ``(..., copies)``, of the activated feature."""
-        assert self.plan is not None
+    def _activate(self, blocks: Sequence[Tensor], plan: FourierPlan) -> list[Tensor]:
+        """Rows of the transform, each ``(..., copies)``, of the activated feature; no scales."""
         rows = [
             row
             for block, irrep in zip(blocks, self.rep.group.irreps, strict=True)
             for row in block.unflatten(-1, (irrep.regular_multiplicity, self.copies)).flatten(-3, -2).unbind(-2)
         ]
-        scales = self.plan.scale
-        values = self.plan.synthesise([row * scale for row, scale in zip(rows, scales, strict=True)])
-        activated = self.act(torch.stack(values)).unbind(0)
-        return [row * scale for row, scale in zip(self.plan.analyse(activated), scales, strict=True)]
+        values = plan.synthesise(rows)
+        if torch.compiler.is_compiling():  # one output keeps the compiler from computing every value twice
+            activated = list(self.act(torch.stack(values)).unbind(0))
+        else:
+            activated = [self.act(value) for value in values]
+        return plan.analyse(activated)
 
     def extra_repr(self) -> str:
         path = "additions" if self.plan is not None else "matrix products"

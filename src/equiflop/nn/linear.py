@@ -87,17 +87,30 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return join(self.forward_blocks(split(x, self.in_rep)))
 
-    def forward_blocks(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """The same map on a feature that is taken apart: ``(..., d, m_in)`` per irrep to ``(..., d, m_out)``."""
+    def forward_blocks(
+        self,
+        blocks: Sequence[Tensor],
+        input_scales: Sequence[float] | None = None,
+        output_scales: Sequence[float] | None = None,
+    ) -> list[Tensor]:
+        """The same map on a feature that is taken apart: ``(..., d, m_in)`` per irrep to ``(..., d, m_out)``.
+
+        Args:
+            blocks: one tensor per irrep.
+            input_scales: a factor per irrep that the input is multiplied with; the matrix product takes it for free.
+            output_scales: likewise for the output, bias included.
+        """
         outputs = []
+        ones = [1.0] * len(blocks)
+        inner, outer = input_scales or ones, output_scales or ones
         for i, (irrep, x) in enumerate(zip(self.in_rep.group.irreps, blocks, strict=True)):
             name = self._weight_names[i]
             bias = self.bias if i == 0 else None
             if name is not None:
-                outputs.append(_schur_block(x, getattr(self, name), irrep, bias))
+                outputs.append(_schur_block(x, getattr(self, name), irrep, bias, inner[i], outer[i]))
             else:
                 zeros = x.new_zeros((*x.shape[:-1], self.out_rep.multiplicities[i]))
-                outputs.append(zeros if bias is None else zeros + bias)
+                outputs.append(zeros if bias is None else zeros + bias * outer[i])
         return outputs
 
     def extra_repr(self) -> str:
@@ -105,18 +118,28 @@ class Linear(nn.Module):
         return f"{self.in_rep} -> {self.out_rep}, {count} parameters, bias={self.bias is not None}"
 
 
-def _schur_block(x: Tensor, weight: Tensor, irrep: Irrep, bias: Tensor | None) -> Tensor:
-    """One irrep's block of the map: ``(..., d, m_in)`` to ``(..., d, m_out)``."""
+def _schur_block(x: Tensor, weight: Tensor, irrep: Irrep, bias: Tensor | None, inner: float, outer: float) -> Tensor:
+    """``outer * (inner * W x + bias)`` for one irrep's block: ``(..., d, m_in)`` to ``(..., d, m_out)``."""
     e = irrep.endomorphism_dim
     m_out = weight.shape[0] // e
     if e == 1:
-        flat = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        flat = _product(x.reshape(-1, x.shape[-1]), weight, bias, inner * outer, outer)
         return flat.view(*x.shape[:-1], m_out)
     # Rows come as (algebra element, copy); the algebra's elements join the multiplicities in one larger product.
     copies = irrep.regular_multiplicity
     rows = x.unflatten(-2, (e, copies)).transpose(-3, -2).flatten(-2)  # (..., copies, e * m_in)
-    out = F.linear(rows, algebra_weight(weight.unflatten(0, (e, m_out))))
+    wide = algebra_weight(weight.unflatten(0, (e, m_out)))
+    out = _product(rows.reshape(-1, rows.shape[-1]), wide, None, inner * outer, outer).view(*rows.shape[:-1], e * m_out)
     return out.unflatten(-1, (e, m_out)).transpose(-3, -2).flatten(-3, -2)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """``alpha * x W^T + beta * bias`` for a matrix ``x``."""
+    if alpha == 1.0 and beta == 1.0:
+        return F.linear(x, weight, bias)
+    if bias is None:  # with beta = 0 the first argument is not read
+        return torch.addmm(x.new_zeros(1), x, weight.t(), beta=0.0, alpha=alpha)
+    return torch.addmm(bias, x, weight.t(), beta=beta, alpha=alpha)
 
 
 def algebra_weight(weights: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class Mlp(nn.Module):
         self.drop2 = Dropout(rep, drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        blocks = self.act.forward_blocks(self.fc1.forward_blocks(split(x, self.rep)))
+        scales = self.act.irrep_scales
+        blocks = self.act.forward_blocks(self.fc1.forward_blocks(split(x, self.rep), output_scales=scales))
         if self.training and self.drop1.p:
             blocks = split(self.drop1(join(blocks)), self.fc1.out_rep)
-        return self.drop2(join(self.fc2.forward_blocks(blocks)))
+        return self.drop2(join(self.fc2.forward_blocks(blocks, input_scales=scales)))
