@@ -271,8 +271,21 @@ def test_compiled_graph_is_whole(name: str, group: str) -> None:
     assert relative_error(compiled(images), model(images)) < 1e-12
 
 
+@pytest.mark.parametrize("group", ["flop", "octic"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_compiled_with_several_image_sizes(group: str, gradients: bool) -> None:
+    """From the second size on the compiler takes height and width as unknowns; timm's plain network allows that."""
+    torch.compiler.reset()
+    model = scrambled(small_vit(dtype=torch.float64, group=group, dynamic_img_size=True))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(gradients):
+        for size in ((32, 32), (40, 40), (48, 32), (24, 64)):
+            images = images_for(model, size)
+            assert relative_error(compiled(images), model(images)) < 1e-12, size
+
+
 @pytest.mark.slow
-@every_name
+@pytest.mark.parametrize("name", [*DESIGNS.values(), "flop_deit3_huge_patch14_224"])
 def test_compiled_by_inductor(name: str) -> None:
     torch.compiler.reset()
     model = scrambled(reduced(name, depth=2)).eval()
