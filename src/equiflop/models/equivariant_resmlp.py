@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from equiflop.grids import ImageGroup, as_image_group, grid_decomposition, named_image_group
 from equiflop.groups import Rep
+from equiflop.models.classifier import replace_classifier
 from equiflop.models.image_size import check_image_size
 from equiflop.nn import (
     Affine,
@@ -336,14 +337,7 @@ class EquivariantResMLP(MlpMixer):
             if global_pool not in ("avg", ""):
                 raise ValueError(f"global_pool={global_pool!r} is not supported; use 'avg' or ''")
             self.global_pool = global_pool
-        weight = next(self.parameters())
-        self.num_classes = num_classes
-        self.head = (
-            nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
-            if num_classes > 0
-            else nn.Identity()
-        )
-        self.head.train(self.training)
+        replace_classifier(self, num_classes)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Invariants, their mean over tokens, affine "norm" and classifier.

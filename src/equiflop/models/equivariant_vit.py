@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from equiflop.grids import ImageGroup, as_image_group, named_image_group
 from equiflop.groups import Rep
+from equiflop.models.classifier import replace_classifier
 from equiflop.models.image_size import check_image_size
 from equiflop.models.transition import FirstPlainBlock, ToInvariants, ToRegular
 from equiflop.nn import Block, Invariants, LayerNorm, Linear, PatchEmbed, PositionEmbedding
@@ -268,14 +269,7 @@ class EquivariantVisionTransformer(VisionTransformer):
             _check_pooling(self.design, global_pool, self.has_class_token)
             self.global_pool = global_pool
             update_model_args(self, fc_norm=not isinstance(self.fc_norm, nn.Identity))
-        weight = next(self.parameters())
-        self.num_classes = num_classes
-        self.head = (
-            nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
-            if num_classes > 0
-            else nn.Identity()
-        )
-        self.head.train(self.training)
+        replace_classifier(self, num_classes)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
