@@ -160,6 +160,20 @@ def test_gradients_reach_input_and_parameters(case: Case) -> None:
 
 
 @every_case
+def test_gradients_are_the_derivatives(case: Case) -> None:
+    """Against finite differences, with respect to the input and all parameters together."""
+    layer = made(case)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    x = torch.randn(case.shape, dtype=torch.float64, requires_grad=True)
+    values = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
+    assert torch.autograd.gradcheck(function, (x, *values), fast_mode=True)
+
+
+@every_case
 def test_fixed_tensors_are_no_state(case: Case) -> None:
     layer = made(case)
     assert set(layer.state_dict()) == {name for name, _ in layer.named_parameters()}
