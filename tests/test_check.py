@@ -31,7 +31,7 @@ def test_equivariant_networks_pass(design: str, group: str, dtype: torch.dtype) 
     assert report.max_error == max(report.errors) <= report.tolerance
     assert report.tolerance == {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     assert report.errors[0] == 0.0  # the identity
-    assert dtype == torch.float64 or max(report.errors[1:]) > 0.0 or group == "flop"
+    assert dtype == torch.float64 or max(report.errors[1:]) > 0.0 or group in ("flop", "updown")
 
 
 def test_every_intermediate_feature_is_compared() -> None:

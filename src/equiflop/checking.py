@@ -210,7 +210,16 @@ def _run(model: Any, images: Tensor) -> dict[str, _Value]:
     """The output, where the model claims that it is invariant, and the features after every block or stage."""
     values: dict[str, _Value] = {}
     if getattr(model, "invariant_output", True):
-        values["output"] = _Value(model(images))
+        output = model(images)
+        if output.ndim == 3 and hasattr(model, "num_prefix_tokens"):  # logits of every token
+            prefix = model.num_prefix_tokens
+            grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+            rep = Rep.trivial(as_image_group(getattr(model, "group", "flop")), output.shape[-1])
+            values["output"] = _Value(output[:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2), rep)
+            if prefix:
+                values["output of class and register tokens"] = _Value(output[:, :prefix], rep)
+        elif output.ndim == 2 or not hasattr(model, "feature_rep"):
+            values["output"] = _Value(output)
     if hasattr(model, "feature_rep"):
         prefixes = {"return_prefix_tokens": True} if getattr(model, "num_prefix_tokens", 0) else {}
         for i, found in enumerate(model.forward_intermediates(images, intermediates_only=True, **prefixes)):

@@ -93,7 +93,7 @@ def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
 
     >>> import timm
     >>> macs(timm.create_model("deit3_small_patch16_224"), (224, 224))
-    4598879232
+    4598882304
     """
     model = getattr(model, "_orig_mod", model)
     shape = _input_shape(model, input_size)
@@ -141,7 +141,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _hooks(model: nn.Module, counted: dict[str, int], made: _MadeProducts) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
-        counter = COUNTERS.get(type(module))
+        counter = next((COUNTERS[base] for base in type(module).__mro__ if base in COUNTERS), None)
 
         def before(
             module: nn.Module, args: tuple[Any, ...], name: str = name, counter: Counter | None = counter
@@ -186,6 +186,10 @@ def _macs_of_operator(operator: Any, args: tuple[Any, ...], output: Any) -> int:
         return output.numel() * args[0].shape[-1]
     if operator in (aten.addmm, aten.baddbmm, aten.addmv):
         return output.numel() * args[1].shape[-1]
+    if operator is aten.addbmm:
+        return args[1].numel() * args[2].shape[-1]
+    if operator is aten._trilinear:  # no counter exists for it: any number above 0 makes it an error
+        return max(output.numel(), 1)
     if operator in (aten.convolution, aten._convolution):
         x, weight, transposed = args[0], args[1], args[6]
         return (x if transposed else output).numel() * weight[0].numel()

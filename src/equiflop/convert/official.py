@@ -33,7 +33,7 @@ class OfficialWeights:
         value = self._entry(name)
         if tuple(value.shape) != tuple(shape):
             raise ValueError(f"{name!r} has shape {tuple(value.shape)} where the model needs {tuple(shape)}")
-        value = value.detach().to("cpu", torch.float64)
+        value = value.detach().to("cpu", torch.float64, copy=True)
         if not torch.isfinite(value).all():
             raise ValueError(f"{name!r} holds NaN or infinity; the checkpoint is damaged")
         return value

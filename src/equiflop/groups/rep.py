@@ -111,11 +111,11 @@ class Rep:
 
     def matrix(self, a: int) -> torch.Tensor:
         """The action of element ``a`` on the feature axis, shape ``(dim, dim)``, float64 on the CPU."""
-        blocks = [
-            torch.kron(block.irrep.matrix(a), torch.eye(block.multiplicity, dtype=torch.float64, device="cpu"))
-            for block in self.blocks()
-        ]
-        return torch.block_diag(*[block for block in blocks if block.numel()]).reshape(self.dim, self.dim)
+        matrix = torch.zeros(self.dim, self.dim, dtype=torch.float64, device="cpu")
+        for block in self.blocks():
+            identity = torch.eye(block.multiplicity, dtype=torch.float64, device="cpu")
+            matrix[block.start : block.stop, block.start : block.stop] = torch.kron(block.irrep.matrix(a), identity)
+        return matrix
 
     def __add__(self, other: Rep) -> Rep:
         """The direct sum (its axis is ordered by irrep, so it is not the two axes one after the other)."""

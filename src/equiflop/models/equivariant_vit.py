@@ -174,8 +174,8 @@ class EquivariantVisionTransformer(VisionTransformer):
         self.design = design
         self.equivariant_depth = equivariant_depth
         trivial = rep.multiplicities[0]
-        self.cls_token = nn.Parameter(torch.empty(1, 1, trivial, **dd)) if class_token else None
-        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, trivial, **dd)) if reg_tokens else None
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, trivial, **dd)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, trivial, **dd)) if reg_tokens else None
         if pos_embed == "learn":
             embedded_prefix = 0 if no_embed_class else self.num_prefix_tokens
             self.pos_embed = PositionEmbedding(rep, group, self.patch_embed.grid_size, embedded_prefix, **dd)
@@ -254,10 +254,11 @@ class EquivariantVisionTransformer(VisionTransformer):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay."""
-        names = {"cls_token", "reg_token"}
-        if self.pos_embed is not None:
-            names |= {f"pos_embed.{name}" for name, _ in self.pos_embed.named_parameters()}
-        return names
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name in ("cls_token", "reg_token") or name.startswith("pos_embed.")
+        }
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head; see timm.

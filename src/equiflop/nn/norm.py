@@ -88,8 +88,11 @@ class LayerNorm(FixedTensors):
             raise ValueError(f"last axis of the input has length {x.shape[-1]}; {self.rep!r} needs {self.rep.dim}")
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         chunks = wide.unflatten(-1, (-1, self.chunk))
-        use_kernel = self._rows_are_chunks and self.chunk > 1 and self.eps > 0.0 and not torch.compiler.is_compiling()
-        normal = (self._normal_by_kernel(chunks) if use_kernel else self._normal(chunks)).flatten(-2)
+        variance, mean = torch.var_mean(chunks, dim=-1, correction=0, keepdim=True)
+        centre = self._row_means(mean) * self.centred.to(wide.dtype)[:, None]
+        squares = variance + (mean - centre).square()
+        sigma2 = (squares * self.chunk_weight.to(wide.dtype)[:, None]).sum(dim=-2, keepdim=True)
+        normal = ((chunks - centre) * torch.rsqrt(sigma2 + self.eps)).flatten(-2)
         if self.weight is not None:
             weight = per_multiplicity(self.weight, self.rep)
             if self.bias is None:
@@ -98,23 +101,6 @@ class LayerNorm(FixedTensors):
                 bias = F.pad(self.bias, (0, self.rep.dim - len(self.bias)))
                 normal = torch.addcmul(bias.to(normal.dtype), normal, weight.to(normal.dtype))
         return normal.to(x.dtype)
-
-    def _normal(self, chunks: Tensor) -> Tensor:
-        """Centred and divided by sigma; shape ``(..., chunks, chunk)`` to the same."""
-        variance, mean = torch.var_mean(chunks, dim=-1, correction=0, keepdim=True)
-        centre = self._row_means(mean) * self.centred.to(chunks.dtype)[:, None]
-        return (chunks - centre) * self._inverse_sigma(variance + (mean - centre).square())
-
-    def _normal_by_kernel(self, chunks: Tensor) -> Tensor:
-        """The same where rows are chunks: torch's layer norm of each, corrected; fewer passes when not compiled."""
-        each, _, inverse_deviation = torch.native_layer_norm(chunks, (self.chunk,), None, None, self.eps)
-        variance = inverse_deviation.square().reciprocal() - self.eps
-        return each * (self._inverse_sigma(variance) / inverse_deviation)
-
-    def _inverse_sigma(self, squares: Tensor) -> Tensor:
-        """From the mean squares of the centred chunks, ``(..., chunks, 1)``, to ``1 / sigma``, ``(..., 1, 1)``."""
-        weighted = squares * self.chunk_weight.to(squares.dtype)[:, None]
-        return torch.rsqrt(weighted.sum(dim=-2, keepdim=True) + self.eps)
 
     def _row_means(self, mean: Tensor) -> Tensor:
         """Means of the chunks, ``(..., chunks, 1)``, replaced by the mean of the row that each belongs to."""

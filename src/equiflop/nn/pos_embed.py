@@ -146,8 +146,9 @@ class PositionEmbedding(FixedTensors):
     def _resampled(self, field: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Bicubic resampling in the parameters' own precision, then projection onto equivariant fields."""
         wide = field.float() if field.dtype in (torch.float16, torch.bfloat16) else field
-        image = wide.unflatten(0, self.grid_size).permute(2, 0, 1).unsqueeze(0)
-        image = F.interpolate(image, size=tuple(grid_size), mode="bicubic", antialias=True)[0]
+        rows, columns = (_resampling_matrix(old, new, wide) for old, new in zip(self.grid_size, grid_size, strict=True))
+        image = (rows[:, :, None, None] * wide.unflatten(0, self.grid_size)).sum(1)  # new rows, old columns, C
+        image = (columns[:, :, None] * image[:, None]).sum(2).permute(2, 0, 1)
         square = image.shape[-1] == image.shape[-2]
         moved = [
             _act(self.rep, matrices, move(image).permute(1, 2, 0))
@@ -177,3 +178,13 @@ def _act(rep: Rep, matrices: Sequence[list[list[float]]], x: Tensor) -> Tensor:
                 total = total + term
             parts.append(total)
     return torch.cat(parts, dim=-1)
+
+
+def _resampling_matrix(old: int, new: int, like: Tensor) -> Tensor:
+    """Bicubic resampling with antialiasing along one axis as a matrix, shape ``(new, old)``.
+
+    The resampling is linear and separable. Its weights need no gradient, so torch's resampling is never differentiated,
+    which compilers cannot do for sizes that vary.
+    """
+    identity = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(identity, size=(new, old), mode="bicubic", antialias=True)[0, 0]
