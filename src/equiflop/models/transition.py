@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from timm.models.vision_transformer import Block as PlainBlock
 from torch import Tensor, nn
 
-from equiflop.groups import Rep
+from equiflop.groups import Rep, fourier_plan
 from equiflop.nn import Invariants
 from equiflop.nn.invariants import InvariantKind
-
-#: What stands between the equivariant and the plain blocks.
-Basis = Literal["regular", "irreps"]
 
 
 class ToRegular(nn.Module):
@@ -27,8 +22,6 @@ class ToRegular(nn.Module):
 
     def __init__(self, rep: Rep) -> None:
         super().__init__()
-        from equiflop.groups import fourier_plan
-
         plan = fourier_plan(rep.group)
         if plan is None or not rep.regular_copies:
             raise ValueError(f"rep={rep!r} has no Fourier transform by additions, which the regular basis needs")
