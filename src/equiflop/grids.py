@@ -237,7 +237,9 @@ def fixed_vectors(irrep: Irrep, subgroup: Sequence[int]) -> np.ndarray:
     return np.column_stack(chosen) if chosen else np.zeros((irrep.dim, 0))
 
 
-def field_tables(group: ImageGroup, irrep: Irrep, grid_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
+def field_tables(
+    group: ImageGroup, irrep: Irrep, grid_size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fields on a grid with ``f(g p) = rho(g) f(p)``: how each point reads its value from values stored per orbit.
 
     Where a point stays in place under part of the group, only the components which that part leaves fixed are stored.
@@ -245,21 +247,21 @@ def field_tables(group: ImageGroup, irrep: Irrep, grid_size: tuple[int, int]) ->
     Returns:
         index: shape ``(points, components)``, the stored rows that a point reads (0 where its coefficients are 0).
         coefficients: shape ``(points, d, components)``.
-        rows: number of stored rows.
+        stabilisers: shape ``(rows,)``, for every stored row how many elements leave its point in place.
     """
     points = grid_size[0] * grid_size[1]
     index = np.zeros((points, irrep.dim), dtype=np.int64)
     coefficients = np.zeros((points, irrep.dim, irrep.dim))
-    rows = 0
+    stabilisers: list[int] = []
     for orbit in grid_orbits(group, *grid_size):
         vectors = fixed_vectors(irrep, orbit.stabiliser)
         basis = np.concatenate([endomorphism @ vectors for endomorphism in irrep.endomorphisms], axis=1)
         components = basis.shape[1]
         places = np.array(orbit.points)
-        index[places, :components] = rows + np.arange(components)
+        index[places, :components] = len(stabilisers) + np.arange(components)
         coefficients[places, :, :components] = irrep.matrices[list(orbit.movers)] @ basis
-        rows += components
-    return index, coefficients, rows
+        stabilisers += [len(orbit.stabiliser)] * components
+    return index, coefficients, np.array(stabilisers, dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import equiflop
-from equiflop.models import EquivariantVisionTransformer
 
 # MACs in units of 10^9 at 224 px and batch 1: plain, equivariant; parameters in millions.
 FULLY_EQUIVARIANT: dict[str, tuple[float | None, float | None, float]] = {
@@ -40,13 +39,13 @@ HALF_EQUIVARIANT = {
     "small_patch16": 16.553, "base_patch16": 64.955, "large_patch16": 228.315, "huge_patch14": 474.186
 }  # fmt: skip
 
-# Width, depth, heads, patch size; plain MACs, MACs with the symmetries of the square in every block, their ratio.
+# Plain MACs, MACs with the symmetries of the square in every block, their ratio; parameters in millions.
 OCTIC = {
-    "small": (384, 12, 6, 16, 4.599, 1.153, 3.99, 2.770),
-    "medium": (512, 12, 8, 16, 7.991, 1.886, 4.24, 4.873),
-    "base": (768, 12, 12, 16, 17.564, 3.874, 4.53, 10.848),
-    "large": (1024, 24, 16, 16, 61.555, 13.091, 4.70, 38.110),
-    "huge": (1280, 32, 16, 14, 167.295, 35.764, 4.68, 79.120),
+    "small": (4.599, 1.153, 3.99, 2.770),
+    "medium": (7.991, 1.886, 4.24, 4.873),
+    "base": (17.564, 3.874, 4.53, 10.848),
+    "large": (61.555, 13.091, 4.70, 38.110),
+    "huge": (167.295, 35.764, 4.68, 79.120),
 }
 
 
@@ -87,24 +86,31 @@ def test_macs_and_parameters(name: str) -> None:
 @pytest.mark.parametrize("half", ["hybrid", "inv"])
 @pytest.mark.parametrize("size", HALF_EQUIVARIANT)
 def test_half_equivariant_models(half: str, size: str) -> None:
-    """Parameters as published; MACs half way between the plain network's and E's, but for the patches and the head."""
-    model = on_meta(f"flop_{half}_deit3_{size}_224")
-    assert trainable(model) / 1e6 == pytest.approx(HALF_EQUIVARIANT[size], abs=0.0005001)
-    plain = equiflop.macs(on_meta(f"deit3_{size}_224"), (224, 224))
-    full = equiflop.macs(on_meta(f"flop_deit3_{size}_224"), (224, 224))
-    tokens = model.patch_embed.num_patches
-    pixels = 3 * model.patch_embed.patch_size[0] ** 2
-    width = model.embed_dim
-    ends = tokens * pixels * width // 2 + 1000 * width // 2  # what E saves outside its blocks
-    assert equiflop.macs(model, (224, 224)) == (plain + full + ends) // 2 - tokens * pixels * width // 2
+    """Parameters as published."""
+    assert trainable(on_meta(f"flop_{half}_deit3_{size}_224")) / 1e6 == pytest.approx(
+        HALF_EQUIVARIANT[size], abs=0.0005001
+    )
+
+
+@pytest.mark.parametrize("group", ["flop", "octic"])
+@pytest.mark.parametrize("half", ["hybrid", "inv"])
+@pytest.mark.parametrize("size", HALF_EQUIVARIANT)
+def test_macs_of_half_equivariant_models(group: str, half: str, size: str) -> None:
+    """Half way between the plain network's and E's, but for the patches, the head and the change between the halves."""
+    model = on_meta(f"{group}_{half}_deit3_{size}_224")
+    plain, full = (equiflop.macs(on_meta(f"{name}deit3_{size}_224"), (224, 224)) for name in ("", f"{group}_"))
+    tokens, width = model.patch_embed.num_patches, model.embed_dim
+    pixels = 3 * model.patch_embed.patch_size[0] ** 2 * tokens * width
+    patches, head = (pixels // 2, width // 2) if group == "flop" else (3 * pixels // 16, width // 8)
+    blocks = (plain - pixels - 1000 * width + full - patches - 1000 * head) // 2
+    projection = (tokens + 1) * (6 * width // 8) * width if (group, half) == ("octic", "inv") else 0
+    assert equiflop.macs(model, (224, 224)) == blocks + patches + 1000 * width + projection
 
 
 @pytest.mark.parametrize("size", OCTIC)
 def test_octic_in_every_block(size: str) -> None:
-    width, depth, heads, patch, plain, expected, ratio, parameters = OCTIC[size]
-    model = EquivariantVisionTransformer(
-        224, patch, embed_dim=width, depth=depth, num_heads=heads, group="octic", device="meta"
-    )
+    plain, expected, ratio, parameters = OCTIC[size]
+    model = on_meta(f"octic_deit3_{size}_patch{14 if size == 'huge' else 16}_224")
     found = equiflop.macs(model, (224, 224))
     assert found / 1e9 == pytest.approx(expected, abs=0.0005001)
     assert plain * 1e9 / found == pytest.approx(ratio, abs=0.00501)

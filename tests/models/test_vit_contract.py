@@ -36,8 +36,8 @@ def reduced(name: str, **kwargs: Any) -> Any:
 
 def test_names() -> None:
     sizes = [*(f"{size}_patch16" for size in ("tiny", "small", "medium", "base", "large")), "huge_patch14"]
-    for prefix in ("flop", "flop_hybrid", "flop_inv"):
-        for size in sizes:
+    for prefix in ("flop", "flop_hybrid", "flop_inv", "octic", "octic_hybrid", "octic_inv"):
+        for size in sizes[1:] if prefix.startswith("octic") else sizes:
             name = f"{prefix}_deit3_{size}_224"
             assert timm.is_model(name) and name in VIT_NAMES
             assert equiflop.plain_twin(name) == (f"deit3_{size}_224", {})
@@ -395,6 +395,30 @@ def test_initialisation_is_as_published() -> None:
             assert (parameter == 1).all(), key
         else:
             assert key.endswith("bias") and (parameter == 0).all(), key
+
+
+def test_octic_tokens_are_initialised_as_published() -> None:
+    """The published field at a token is the sum over the symmetries of folded parameters of standard deviation s.
+
+    ``s = sqrt(2) / 2 * 8 * 0.02``; the fold has two terms for one-dimensional irreps at a token in general position (on
+    a diagonal twice the same term) and one for every row of E.
+    """
+    for name in ("octic_deit3_small_patch16_224", "octic_inv_deit3_large_patch16_224"):
+        model = timm.create_model(name, depth=2)
+        s = 0.5**0.5 * 8 * 0.02
+        assert model.cls_token.std().item() == pytest.approx(0.16, rel=0.2)
+        field = model.pos_embed()[0].unflatten(0, (14, 14)).detach()
+        width = model.rep.multiplicities[0]
+        off, on = field[0, 3], field[2, 2]
+        off_means = [off[i * width : (i + 1) * width].std().item() for i in range(4)]
+        assert off_means == pytest.approx([2**0.5 * s] * 4, rel=0.3)
+        assert off[4 * width :].std().item() == pytest.approx(s, rel=0.2)
+        on_means = [on[i * width : (i + 1) * width].std().item() for i in range(4)]
+        assert on_means == pytest.approx([2 * s if m > 1e-6 else 0.0 for m in on_means], rel=0.3)
+        assert sum(m > 1e-6 for m in on_means) == 2
+        assert on[4 * width :].std().item() == pytest.approx(s, rel=0.2)
+        everything = model.pos_embed.weight_E.std().item(), model.pos_embed.weight_A1[1:6].std().item()
+        assert everything == pytest.approx((s, 2**0.5 * s), rel=0.1)
 
 
 @every_design

@@ -38,6 +38,10 @@ def command(source: Path, name: str, output: Path, settings: tuple[tuple[str, An
     keywords = dict(settings)
     if "num_classes" not in keywords and "head.weight" in official:
         keywords["num_classes"] = len(official["head.weight"])
+    if "mask_token.0" in official:  # DINOv2: no classifier, perhaps register tokens
+        keywords.setdefault("num_classes", 0)
+        if "register_tokens.0" in official:
+            keywords.setdefault("reg_tokens", official["register_tokens.0"].shape[1])
     model = create_model(name, keywords)
     try:
         conversion = convert_with_report(official, model)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from equiflop.convert.flop_convnext import map_flop_convnext
-from equiflop.convert.flop_parts import Mapping
+from equiflop.convert.flop_parts import FlopMapping
 from equiflop.convert.flop_resmlp import map_flop_resmlp
 from equiflop.convert.flop_vit import map_flop_vit
+from equiflop.convert.mapping import Mapping
+from equiflop.convert.octic_vit import map_octic_vit
 from equiflop.convert.official import OfficialWeights
 from equiflop.grids import named_image_group
 from equiflop.models import (
@@ -61,16 +63,7 @@ def convert_with_report(state_dict: MappingType[str, Tensor], model: nn.Module) 
         ValueError: see :func:`convert_official`.
     """
     official = OfficialWeights(state_dict)
-    mapping = Mapping(official)
-    is_flop = getattr(model, "group", None) == named_image_group("flop")
-    if is_flop and isinstance(model, EquivariantVisionTransformer):
-        map_flop_vit(mapping, model)
-    elif is_flop and isinstance(model, EquivariantResMLP):
-        map_flop_resmlp(mapping, model)
-    elif is_flop and isinstance(model, (EquivariantConvNeXt, EquivariantIsotropicConvNeXt)):
-        map_flop_convnext(mapping, model)
-    else:
-        raise ValueError(f"model={type(model).__name__} has no official counterpart whose weights could be converted")
+    mapping = _mapped(official, model)
     official.finish()
     own = model.state_dict()
     missing = [name for name in own if name not in mapping.out]
@@ -78,3 +71,22 @@ def convert_with_report(state_dict: MappingType[str, Tensor], model: nn.Module) 
         raise ValueError(f"{missing[0]!r} of the model has no counterpart in the official state dict")
     converted = {name: mapping.out[name].to(tensor.dtype) for name, tensor in own.items()}
     return Conversion(converted, len(state_dict) - len(official.left_out), official.left_out)
+
+
+def _mapped(official: OfficialWeights, model: nn.Module) -> Mapping:
+    group = getattr(model, "group", None)
+    if isinstance(model, EquivariantVisionTransformer) and group == named_image_group("octic"):
+        octic = Mapping(official)
+        map_octic_vit(octic, model)
+        return octic
+    flop = FlopMapping(official)
+    is_flop = group == named_image_group("flop")
+    if is_flop and isinstance(model, EquivariantVisionTransformer):
+        map_flop_vit(flop, model)
+    elif is_flop and isinstance(model, EquivariantResMLP):
+        map_flop_resmlp(flop, model)
+    elif is_flop and isinstance(model, (EquivariantConvNeXt, EquivariantIsotropicConvNeXt)):
+        map_flop_convnext(flop, model)
+    else:
+        raise ValueError(f"model={type(model).__name__} has no official counterpart whose weights could be converted")
+    return flop

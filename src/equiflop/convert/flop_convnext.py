@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from equiflop.convert.flop_parts import Mapping
+from equiflop.convert.flop_parts import FlopMapping
 from equiflop.models import EquivariantConvNeXt, EquivariantIsotropicConvNeXt
 from equiflop.models.equivariant_convnext import EquivariantConvNeXtBlock
 from equiflop.nn import DepthwiseConv, Downsample
 
 
-def map_flop_convnext(mapping: Mapping, model: EquivariantConvNeXt | EquivariantIsotropicConvNeXt) -> None:
+def map_flop_convnext(mapping: FlopMapping, model: EquivariantConvNeXt | EquivariantIsotropicConvNeXt) -> None:
     """Fill in the model's state dict.
 
     Raises:
@@ -39,7 +39,7 @@ def map_flop_convnext(mapping: Mapping, model: EquivariantConvNeXt | Equivariant
     mapping.plain(model.head.fc, "head", "head.fc")
 
 
-def _block(mapping: Mapping, block: EquivariantConvNeXtBlock, source: str, target: str) -> None:
+def _block(mapping: FlopMapping, block: EquivariantConvNeXtBlock, source: str, target: str) -> None:
     _depthwise(mapping, block.conv_dw, f"{source}.dwconv", f"{target}.conv_dw")
     mapping.layer_norm(block.norm, f"{source}.norm", f"{target}.norm")
     mapping.linear(block.mlp.fc1, f"{source}.pwconv1", f"{target}.mlp.fc1", kernel=(1, 1))
@@ -47,7 +47,7 @@ def _block(mapping: Mapping, block: EquivariantConvNeXtBlock, source: str, targe
     mapping.scale(block.ls, f"{source}.gamma", f"{target}.ls")
 
 
-def _depthwise(mapping: Mapping, conv: DepthwiseConv, source: str, target: str) -> None:
+def _depthwise(mapping: FlopMapping, conv: DepthwiseConv, source: str, target: str) -> None:
     """Symmetric kernels keep the irrep and are stored with their middle column, antisymmetric ones swap it."""
     side, part = conv.kernel_size, conv.part
     for irrep, paths, columns in (
@@ -65,7 +65,7 @@ def _depthwise(mapping: Mapping, conv: DepthwiseConv, source: str, target: str) 
         mapping.out[f"{target}.bias"] = torch.cat(biases)
 
 
-def _downsample(mapping: Mapping, downsample: Downsample, source: str, target: str) -> None:
+def _downsample(mapping: FlopMapping, downsample: Downsample, source: str, target: str) -> None:
     """Left columns of 2x2 kernels, which see ``sqrt(2)`` times our orthonormal pixel coordinates.
 
     Our inputs of an irrep are the products with symmetric pixels, then those with antisymmetric ones; the rows of a

@@ -9,23 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from equiflop.convert.official import OfficialWeights
+from equiflop.convert.mapping import Mapping
 from equiflop.nn import Affine, LayerNorm, LayerScale, Linear, PatchEmbed
 
 #: Our irreps and the official suffixes.
 PARTS = (("A", "sym"), ("B", "asym"))
 
 
-class Mapping:
-    """Official weights on their way into a model.
-
-    Args:
-        official: where they come from.
-    """
-
-    def __init__(self, official: OfficialWeights) -> None:
-        self.official = official
-        self.out: dict[str, Tensor] = {}
+class FlopMapping(Mapping):
+    """Adds the parts of mirror networks."""
 
     def both(self, name: str, length: int) -> Tensor:
         """``<name>_sym`` and ``<name>_asym`` behind each other: one value per channel."""
@@ -55,11 +47,6 @@ class Mapping:
             self.out[f"{target}.gamma"] = self.both(f"{source}.alpha", len(module.gamma))
         elif isinstance(module, Affine):
             self.out[f"{target}.weight"] = self.both(f"{source}.alpha", len(module.weight))
-
-    def plain(self, module: nn.Module, source: str, target: str) -> None:
-        """A module that is the same on both sides."""
-        for name, parameter in module.named_parameters():
-            self.out[f"{target}.{name}"] = self.official.take(f"{source}.{name}", parameter.shape)
 
     def patch_embed(self, embed: PatchEmbed, source: str, target: str, weight_scale: float, bias_scale: float) -> None:
         """Left halves of mirrored kernels.

@@ -10,12 +10,12 @@ import math
 
 import torch
 
-from equiflop.convert.flop_parts import PARTS, Mapping
+from equiflop.convert.flop_parts import PARTS, FlopMapping
 from equiflop.models import EquivariantResMLP
 from equiflop.models.equivariant_resmlp import EquivariantResBlock, PublishedChannelMlp
 
 
-def map_flop_resmlp(mapping: Mapping, model: EquivariantResMLP) -> None:
+def map_flop_resmlp(mapping: FlopMapping, model: EquivariantResMLP) -> None:
     """Fill in the model's state dict.
 
     Raises:
@@ -34,7 +34,7 @@ def map_flop_resmlp(mapping: Mapping, model: EquivariantResMLP) -> None:
     mapping.plain(model.head, "head", "head")
 
 
-def _block(mapping: Mapping, block: EquivariantResBlock, name: str) -> None:
+def _block(mapping: FlopMapping, block: EquivariantResBlock, name: str) -> None:
     channels = (block.ls1.rep.multiplicities[0],)
     for branch, norm, scale in (("1", block.norm1, block.ls1), ("2", block.norm2, block.ls2)):
         mapping.scale(norm, f"{name}.norm{branch}", f"{name}.norm{branch}")

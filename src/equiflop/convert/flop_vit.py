@@ -6,14 +6,13 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
-from equiflop.convert.flop_parts import PARTS, Mapping
+from equiflop.convert.flop_parts import PARTS, FlopMapping
 from equiflop.models import EquivariantVisionTransformer
 from equiflop.nn import Block, LayerNorm
 
 
-def map_flop_vit(mapping: Mapping, model: EquivariantVisionTransformer) -> None:
+def map_flop_vit(mapping: FlopMapping, model: EquivariantVisionTransformer) -> None:
     """Fill in the model's state dict.
 
     Raises:
@@ -30,7 +29,7 @@ def map_flop_vit(mapping: Mapping, model: EquivariantVisionTransformer) -> None:
         if isinstance(block, Block):
             _equivariant_block(mapping, block, f"blocks.{i}")
         else:
-            _plain_block(mapping, block, f"blocks.{i}")
+            mapping.plain_block(block, f"blocks.{i}", f"blocks.{i}")
     for name in ("norm", "fc_norm"):
         norm = getattr(model, name)
         if isinstance(norm, LayerNorm):
@@ -40,7 +39,7 @@ def map_flop_vit(mapping: Mapping, model: EquivariantVisionTransformer) -> None:
     mapping.plain(model.head, "head", "head")
 
 
-def _tokens(mapping: Mapping, model: EquivariantVisionTransformer) -> None:
+def _tokens(mapping: FlopMapping, model: EquivariantVisionTransformer) -> None:
     half = model.embed_dim // 2
     if model.cls_token is not None:
         mapping.out["cls_token"] = mapping.official.take("cls_token.0", (1, 1, half))
@@ -51,7 +50,7 @@ def _tokens(mapping: Mapping, model: EquivariantVisionTransformer) -> None:
             mapping.out[f"pos_embed.weight_{irrep}"] = mapping.official.take(f"pos_embed.{i}", (1, *shape))[0]
 
 
-def _equivariant_block(mapping: Mapping, block: Block, name: str) -> None:
+def _equivariant_block(mapping: FlopMapping, block: Block, name: str) -> None:
     for branch, norm, scale in (("1", block.norm1, block.ls1), ("2", block.norm2, block.ls2)):
         mapping.layer_norm(norm, f"{name}.norm{branch}", f"{name}.norm{branch}")
         mapping.scale(scale, f"{name}.gamma_{branch}", f"{name}.ls{branch}")
@@ -65,11 +64,3 @@ def _equivariant_block(mapping: Mapping, block: Block, name: str) -> None:
             mapping.out[f"{name}.attn.qkv.weight_{irrep}"][:queries] *= factor
             if irrep == "A" and block.attn.qkv.bias is not None:
                 mapping.out[f"{name}.attn.qkv.bias"][:queries] *= factor
-
-
-def _plain_block(mapping: Mapping, block: Any, name: str) -> None:
-    for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
-        mapping.plain(block.get_submodule(part), f"{name}.{part}", f"{name}.{part}")
-    for branch, scale in (("1", block.ls1), ("2", block.ls2)):
-        if not isinstance(scale, nn.Identity):
-            mapping.out[f"{name}.ls{branch}.gamma"] = mapping.official.take(f"{name}.gamma_{branch}", scale.gamma.shape)

@@ -61,6 +61,13 @@ class OfficialWeights:
         self.take(name, shape)
         self.left_out[name] = reason
 
+    def leave_out(self, prefixes: tuple[str, ...], reason: str) -> None:
+        """Leave out all entries whose names start with one of the prefixes."""
+        for name in self._entries:
+            if name.startswith(prefixes):
+                self._used.add(name)
+                self.left_out[name] = reason
+
     def finish(self) -> None:
         """Check that every entry was used.
 

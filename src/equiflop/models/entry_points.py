@@ -55,10 +55,21 @@ _DEIT3_SIZES: dict[str, dict[str, Any]] = {
     "large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "patch_size": 16},
     "huge_patch14": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14},
 }
+# The published octic networks (arXiv 2505.15441) write eps = 1e-5 inside a sum that is divided by 8, weigh the rows of
+# E in their own way, and pool behind the final norm.
+_PUBLISHED_OCTIC: dict[str, Any] = {
+    "group": "octic",
+    "norm_eps": 1e-5 / 8,
+    "norm_weighting": "octic",
+    "fc_norm": False,
+}
 _DEIT3_DESIGNS: dict[str, dict[str, Any]] = {
     "flop": {"group": "flop", "design": "equivariant"},
     "flop_hybrid": {"group": "flop", "design": "hybrid"},
     "flop_inv": {"group": "flop", "design": "invariant"},
+    "octic": {"group": "octic", "design": "equivariant"},
+    "octic_hybrid": {**_PUBLISHED_OCTIC, "design": "hybrid"},
+    "octic_inv": {**_PUBLISHED_OCTIC, "design": "invariant"},
 }
 _RESMLP_SIZES: dict[str, dict[str, Any]] = {
     "12": {"embed_dim": 384, "num_blocks": 12, "init_values": 0.1},
@@ -84,6 +95,8 @@ _PLAIN_TWINS: dict[str, tuple[str, dict[str, Any]]] = {}
 
 for _prefix, _design in _DEIT3_DESIGNS.items():
     for _size, _args in _DEIT3_SIZES.items():
+        if _design["group"] == "octic" and _size == "tiny_patch16":
+            continue  # the octic sizes start at small
         _name = f"{_prefix}_deit3_{_size}_224"
         _MODELS[_name] = _E_VIT, {**_args, **_design}
         _PLAIN_TWINS[_name] = f"deit3_{_size}_224", {}

@@ -19,7 +19,7 @@ from equiflop.grids import ImageGroup, as_image_group, named_image_group
 from equiflop.groups import Rep
 from equiflop.models.classifier import replace_classifier
 from equiflop.models.image_size import check_image_size
-from equiflop.models.transition import FirstPlainBlock, ToInvariants, ToRegular
+from equiflop.models.transition import FinalPlainNorm, FirstPlainBlock, ToInvariants, ToIrrepOrder, ToRegular
 from equiflop.nn import Block, Invariants, LayerNorm, Linear, PatchEmbed, PositionEmbedding
 from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.norm import Weighting
@@ -42,6 +42,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         invariants: ``"trivial"`` or ``"norm"``: what the head, or the plain blocks of an invariant design, see.
         norm_eps: ``eps`` of the equivariant layer norms; by default 1e-6, and as published 1e-6 / 2 for group ``flop``.
         norm_weighting: see :class:`equiflop.nn.LayerNorm`.
+        plain_norm_eps: ``eps`` of the plain layer norms of hybrid and invariant designs.
 
     Raises:
         ValueError: if width, heads or image size do not fit the group, or a pooling would break the symmetry.
@@ -91,6 +92,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         invariants: InvariantKind | None = None,
         norm_eps: float | None = None,
         norm_weighting: Weighting = "entries",
+        plain_norm_eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -109,7 +111,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         def transition() -> nn.Module:
             if design == "invariant":
                 return ToInvariants(rep, invariants or "norm", **dd)
-            return ToRegular(rep) if group.order == 2 else nn.Identity()
+            return ToRegular(rep) if group.order == 2 else ToIrrepOrder(rep)
 
         def block(depth: int, **options: Any) -> nn.Module:
             if depth < equivariant_depth:
@@ -123,7 +125,7 @@ class EquivariantVisionTransformer(VisionTransformer):
                     norm_weighting=norm_weighting,
                     **dd,
                 )
-            options["norm_layer"] = partial(PlainLayerNorm, eps=1e-6)
+            options["norm_layer"] = partial(PlainLayerNorm, eps=plain_norm_eps)
             if depth > equivariant_depth:
                 return PlainBlock(depth=depth, **options)
             first = FirstPlainBlock(depth=depth, **options)
@@ -173,6 +175,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         self.rep = rep
         self.design = design
         self.equivariant_depth = equivariant_depth
+        self.plain_norm_eps = plain_norm_eps
         trivial = rep.multiplicities[0]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, trivial, **dd)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, trivial, **dd)) if reg_tokens else None
@@ -195,9 +198,12 @@ class EquivariantVisionTransformer(VisionTransformer):
     ) -> None:
         for name in ("norm", "fc_norm"):
             if not isinstance(getattr(self, name), nn.Identity):
-                setattr(self, name, PlainLayerNorm(self.embed_dim, eps=1e-6, **dd))
-        if no_plain_block:
-            self.norm = nn.Sequential(transition(), self.norm)
+                setattr(self, name, PlainLayerNorm(self.embed_dim, eps=self.plain_norm_eps, **dd))
+        if no_plain_block and isinstance(self.norm, nn.Identity):
+            self.norm = transition()
+        elif no_plain_block:
+            self.norm = FinalPlainNorm(self.embed_dim, eps=self.plain_norm_eps, **dd)
+            self.norm.enter = transition()
 
     @property
     def invariant_output(self) -> bool:
@@ -216,6 +222,8 @@ class EquivariantVisionTransformer(VisionTransformer):
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialise as published: linear maps, position embedding and class token truncated normal 0.02, biases 0.
 
+        With group ``octic`` class token and position embedding are eight times as large (arXiv 2505.15441).
+
         Args:
             mode: ``""``, or ``"reset"`` to use every layer's own initialisation.
             needs_reset: whether layers that initialised themselves when they were made are reset as well.
@@ -226,8 +234,9 @@ class EquivariantVisionTransformer(VisionTransformer):
         mode = mode or self.weight_init_mode
         if mode not in ("", "reset"):
             raise ValueError(f"weight_init={mode!r} is not supported; choose '', 'skip' or 'reset'")
+        token_std = 0.16 if self.group == named_image_group("octic") else 0.02
         if self.cls_token is not None:
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
+            nn.init.trunc_normal_(self.cls_token, std=token_std)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6)
         for name, module in self.named_modules():
@@ -238,6 +247,8 @@ class EquivariantVisionTransformer(VisionTransformer):
                         nn.init.zeros_(parameter)
                     else:
                         nn.init.trunc_normal_(parameter, std=0.02)
+            elif isinstance(module, PositionEmbedding):
+                module.reset_parameters(token_std)
             elif needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         if self.fix_init:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from timm.layers import LayerNorm as PlainLayerNorm
 from timm.models.vision_transformer import Block as PlainBlock
 from torch import Tensor, nn
 
 from equiflop.groups import Rep, fourier_plan
-from equiflop.nn import Invariants
+from equiflop.nn import Invariants, split
 from equiflop.nn.invariants import InvariantKind
 
 
@@ -32,6 +33,35 @@ class ToRegular(nn.Module):
         rows = x.unflatten(-1, (self.rep.group.order, -1)).unbind(-2)
         scaled = [row * scale for row, scale in zip(rows, self.plan.scale, strict=True)]
         return torch.cat(self.plan.synthesise(scaled), dim=-1)
+
+
+class ToIrrepOrder(nn.Module):
+    """From an irrep's rows with all copies side by side to its copies with all rows side by side.
+
+    The order in which the published octic networks hand their channels to plain blocks (arXiv 2505.15441): behind the
+    one-dimensional irreps, both rows of the first copy of E, then both rows of the second.
+
+    Args:
+        rep: a multiple of the regular representation.
+
+    Raises:
+        ValueError: if it is not one.
+
+    Shape: ``(..., rep.dim)`` to the same.
+    """
+
+    def __init__(self, rep: Rep) -> None:
+        super().__init__()
+        if not rep.regular_copies:
+            raise ValueError(f"rep={rep!r} is not a multiple of the regular representation")
+        self.rep = rep
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [
+            block.unflatten(-1, (irrep.regular_multiplicity, -1)).transpose(-3, -2).flatten(-3)
+            for block, irrep in zip(split(x, self.rep), self.rep.group.irreps, strict=True)
+        ]
+        return torch.cat(parts, dim=-1)
 
 
 class ToInvariants(nn.Module):
@@ -73,3 +103,12 @@ class FirstPlainBlock(PlainBlock):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return super().forward(self.enter(x), attn_mask=attn_mask, is_causal=is_causal)
+
+
+class FinalPlainNorm(PlainLayerNorm):
+    """Final norm behind the transition, where no plain block follows; its parameter names are those of the norm."""
+
+    enter: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.enter(x))

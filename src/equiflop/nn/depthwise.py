@@ -76,11 +76,11 @@ class DepthwiseConv(FixedTensors):
         self.kernel_size = kernel_size
         self.part = copies // parts
         for irrep in group.irreps:
-            index, coefficients, values = field_tables(group, irrep, (kernel_size, kernel_size))
+            index, coefficients, stabilisers = field_tables(group, irrep, (kernel_size, kernel_size))
             self.fix(f"index_{irrep.name}", index[:, 0], device)
             self.fix(f"coefficients_{irrep.name}", coefficients[:, 0, 0], device, dtype)
-            if values:
-                weight = torch.empty(parts * self.part, values, device=device, dtype=dtype)
+            if len(stabilisers):
+                weight = torch.empty(parts * self.part, len(stabilisers), device=device, dtype=dtype)
                 self.register_parameter(f"weight_{irrep.name}", nn.Parameter(weight))
         self.bias = nn.Parameter(torch.empty(copies, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()

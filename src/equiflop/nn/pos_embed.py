@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,14 +51,16 @@ class PositionEmbedding(FixedTensors):
             grid_size = (side, side)
         self.grid_size = grid_size
         self._rows: list[int] = []
+        self._row_scales: list[np.ndarray] = []
         # Numbers, not arrays, so that compilers can trace the projection.
         self._actions = [
             (move, [irrep.matrices[a].tolist() for irrep in group.irreps]) for a, move in enumerate(group.moves)
         ]
         for irrep, multiplicity in zip(group.irreps, rep.multiplicities, strict=True):
-            index, coefficients, rows = field_tables(group, irrep, grid_size)
-            rows = rows if multiplicity else 0
+            index, coefficients, stabilisers = field_tables(group, irrep, grid_size)
+            rows = len(stabilisers) if multiplicity else 0
             self._rows.append(rows)
+            self._row_scales.append(np.sqrt(stabilisers / irrep.dim))
             if rows:
                 self.fix(f"index_{irrep.name}", index, device)
                 self.fix(f"coefficients_{irrep.name}", coefficients, device, dtype)
@@ -71,10 +74,22 @@ class PositionEmbedding(FixedTensors):
         )
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Truncated normal with standard deviation 0.02."""
-        for parameter in self.parameters():
-            nn.init.trunc_normal_(parameter, std=0.02)
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Truncated normal.
+
+        Args:
+            std: standard deviation of a one-dimensional irrep where no element but the identity leaves the token in
+                place. A d-dimensional one has ``std / sqrt(d)``, and a token that s elements leave in place ``sqrt(s)``
+                times as much: so the sum over a group of independent fields comes out, as in the published octic code.
+        """
+        for (irrep, rows), scales in zip(self._blocks(), self._row_scales, strict=True):
+            if rows:
+                weight = getattr(self, f"weight_{irrep.name}")
+                nn.init.trunc_normal_(weight, std=std)
+                with torch.no_grad():
+                    weight *= torch.from_numpy(scales)[:, None].to(weight)
+        if self.prefix is not None:
+            nn.init.trunc_normal_(self.prefix, std=std)
 
     def forward(self, grid_size: tuple[int, int] | None = None) -> Tensor:
         """The field on its own or another grid.
