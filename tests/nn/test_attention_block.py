@@ -216,11 +216,6 @@ def test_gradient_of_the_norm_at_zero_is_zero(name: str) -> None:
     assert x.grad is not None and torch.equal(x.grad, expected)
 
 
-def test_invariants_errors() -> None:
-    with pytest.raises(ValueError, match=r"invariants='max' is unknown; choose from trivial, norm"):
-        Invariants(Rep.regular(flop(), 2), "max")  # type: ignore[arg-type]
-
-
 def test_published_mirror_attention() -> None:
     """Head vector [s-part | a-part], logits scaled by (C/H)^-1/2, from the published formula."""
     half, heads, tokens = 6, 3, 5

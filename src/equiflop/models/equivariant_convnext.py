@@ -197,7 +197,7 @@ class InvariantHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.invariants = Invariants(rep, kind)
+        self.invariants = Invariants(rep, kind, device=device, dtype=dtype)
         self.num_features = self.invariants.out_features
         self.norm = LayerNorm(self.num_features, eps=1e-6, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop_rate)
@@ -242,7 +242,7 @@ class EquivariantConvNeXt(ConvNeXt):
 
     Args:
         group: ``"flop"``, ``"updown"``, ``"flips"`` or an :class:`~equiflop.ImageGroup` with one-dimensional irreps.
-        invariants: ``"trivial"`` or ``"norm"``: what the head sees.
+        invariants: what the head sees, see :class:`equiflop.nn.Invariants`.
 
     Raises:
         ValueError: if the widths do not fit the group, or the group has irreps of dimension above 1.

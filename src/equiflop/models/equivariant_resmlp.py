@@ -197,6 +197,8 @@ class PublishedHeadInvariants(Invariants):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if kind not in ("trivial", "norm"):
+            raise ValueError(f"invariants={kind!r} is not one of E(ResMLP) of group 'flop'; choose 'trivial' or 'norm'")
         super().__init__(rep, kind)
         self.transform = GridTransform(group, *grid_size, device=device, dtype=dtype)
 
@@ -228,7 +230,8 @@ class EquivariantResMLP(MlpMixer):
 
     Args:
         group: ``"flop"``, ``"updown"``, ``"flips"``, ``"rot4"``, ``"octic"`` or an :class:`~equiflop.ImageGroup`.
-        invariants: ``"trivial"`` or ``"norm"``: what the head sees.
+        invariants: what the head sees: ``"trivial"`` or ``"norm"``; for other groups than ``flop`` also
+            ``"power_spectrum"`` or ``"polynomial"``. See :class:`equiflop.nn.Invariants`.
         init_values: initial layer scale.
 
     Raises:
@@ -304,7 +307,7 @@ class EquivariantResMLP(MlpMixer):
         self.stem = stem
         kind: InvariantKind = invariants or "trivial"
         self.invariants: Invariants = (
-            PublishedHeadInvariants(rep, kind, group, grid, **dd) if published else MeanInvariants(rep, kind)
+            PublishedHeadInvariants(rep, kind, group, grid, **dd) if published else MeanInvariants(rep, kind, **dd)
         )
         self.head_hidden_size = self.invariants.out_features
         self.head_norm = Affine(Rep.trivial(group, self.head_hidden_size), **dd)

@@ -39,7 +39,8 @@ class EquivariantVisionTransformer(VisionTransformer):
         group: ``"flop"``, ``"updown"``, ``"flips"``, ``"rot4"``, ``"octic"`` or an :class:`~equiflop.ImageGroup`.
         design: see :data:`Design`.
         equivariant_depth: number of equivariant blocks, counted from the image; for hybrid and invariant designs.
-        invariants: ``"trivial"`` or ``"norm"``: what the head, or the plain blocks of an invariant design, see.
+        invariants: what the head, or the plain blocks of an invariant design, see: ``"trivial"``, ``"norm"``,
+            ``"power_spectrum"`` or ``"polynomial"``; see :class:`equiflop.nn.Invariants`.
         norm_eps: ``eps`` of the equivariant layer norms; by default 1e-6, and as published 1e-6 / 2 for group ``flop``.
         norm_weighting: see :class:`equiflop.nn.LayerNorm`.
         plain_norm_eps: ``eps`` of the plain layer norms of hybrid and invariant designs.
@@ -111,7 +112,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         def transition() -> nn.Module:
             if design == "invariant":
                 return ToInvariants(rep, invariants or "norm", **dd)
-            return ToRegular(rep) if group.order == 2 else ToIrrepOrder(rep)
+            return ToRegular(rep, **dd) if group.order == 2 else ToIrrepOrder(rep)
 
         def block(depth: int, **options: Any) -> nn.Module:
             if depth < equivariant_depth:
@@ -183,7 +184,7 @@ class EquivariantVisionTransformer(VisionTransformer):
             embedded_prefix = 0 if no_embed_class else self.num_prefix_tokens
             self.pos_embed = PositionEmbedding(rep, group, self.patch_embed.grid_size, embedded_prefix, **dd)
         if design == "equivariant":
-            self.invariants: nn.Module = Invariants(rep, invariants or "trivial")
+            self.invariants: nn.Module = Invariants(rep, invariants or "trivial", **dd)
             self.head_hidden_size = self.invariants.out_features
         else:
             self.invariants = nn.Identity()

@@ -7,32 +7,19 @@ from timm.layers import LayerNorm as PlainLayerNorm
 from timm.models.vision_transformer import Block as PlainBlock
 from torch import Tensor, nn
 
-from equiflop.groups import Rep, fourier_plan
-from equiflop.nn import Invariants, split
+from equiflop.groups import Rep
+from equiflop.nn import Invariants, ToSpatial, split
 from equiflop.nn.invariants import InvariantKind
 
 
-class ToRegular(nn.Module):
-    """Inverse group Fourier transform: from irreps to the spatial domain, ``|G|`` chunks that the group permutes.
-
-    Args:
-        rep: a multiple of the regular representation whose transform consists of additions.
+class ToRegular(ToSpatial):
+    """To the spatial domain: ``|G|`` chunks that the group permutes, behind each other.
 
     Shape: ``(..., rep.dim)`` to the same.
     """
 
-    def __init__(self, rep: Rep) -> None:
-        super().__init__()
-        plan = fourier_plan(rep.group)
-        if plan is None or not rep.regular_copies:
-            raise ValueError(f"rep={rep!r} has no Fourier transform by additions, which the regular basis needs")
-        self.rep = rep
-        self.plan = plan
-
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.unflatten(-1, (self.rep.group.order, -1)).unbind(-2)
-        scaled = [row * scale for row, scale in zip(rows, self.plan.scale, strict=True)]
-        return torch.cat(self.plan.synthesise(scaled), dim=-1)
+        return super().forward(x).flatten(-2)
 
 
 class ToIrrepOrder(nn.Module):
@@ -85,7 +72,7 @@ class ToInvariants(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.invariants = Invariants(rep, kind)
+        self.invariants = Invariants(rep, kind, device=device, dtype=dtype)
         count = self.invariants.out_features
         self.proj = nn.Identity() if count == rep.dim else nn.Linear(count, rep.dim, device=device, dtype=dtype)
 

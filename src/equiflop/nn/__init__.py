@@ -15,6 +15,7 @@ from equiflop.nn.mlp import Mlp
 from equiflop.nn.norm import Affine, LayerNorm, LayerScale
 from equiflop.nn.patch_embed import PatchEmbed
 from equiflop.nn.pos_embed import PositionEmbedding, act_on_channels
+from equiflop.nn.spatial import ToSpatial
 from equiflop.nn.token_mixing import TokenMixing
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Mlp",
     "PatchEmbed",
     "PositionEmbedding",
+    "ToSpatial",
     "TokenMixing",
     "act_on_channels",
     "join",

@@ -1,0 +1,54 @@
+"""From irreps to the spatial domain, where the group only permutes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from equiflop.groups import Rep, fourier_matrix, fourier_plan
+from equiflop.nn.fixed import FixedTensors
+
+
+class ToSpatial(FixedTensors):
+    """Inverse group Fourier transform of a feature: for every copy of the regular representation a function on G.
+
+    Made of additions for groups whose transform factorises (all the named image groups), else a matrix product.
+
+    Args:
+        rep: type of the feature axis; a multiple of the regular representation.
+        device: where the constants are made.
+        dtype: dtype of the constants.
+
+    Raises:
+        ValueError: if ``rep`` is not a multiple of the regular representation.
+
+    Shape: ``(..., rep.dim)`` to ``(..., |G|, copies)``; element ``g`` moves the value at ``h`` to ``g h``.
+    """
+
+    fourier: Tensor
+
+    def __init__(self, rep: Rep, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if not rep.regular_copies:
+            raise ValueError(
+                f"rep={rep!r} is not a multiple of the regular representation, as the spatial domain needs"
+            )
+        self.rep = rep
+        self.plan = fourier_plan(rep.group)
+        if self.plan is None:
+            self.fix("fourier", fourier_matrix(rep.group), device, dtype)
+
+    @property
+    def macs_per_vector(self) -> int:
+        """MACs for one vector: 0 where the transform is made of additions, else ``|G|`` per channel."""
+        return 0 if self.plan is not None else self.rep.group.order * self.rep.dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.unflatten(-1, (self.rep.group.order, -1))
+        if self.plan is None:
+            return self.fourier.mT.to(x.dtype) @ rows
+        scaled = [row * scale for row, scale in zip(rows.unbind(-2), self.plan.scale, strict=True)]
+        return torch.stack(self.plan.synthesise(scaled), dim=-2)
+
+    def extra_repr(self) -> str:
+        return f"{self.rep}, by {'matrix product' if self.plan is None else 'additions'}"
