@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from equiflop.benchmark.timing import throughput_in_turns
 from equiflop.data import DataNotFoundError, open_data
 from equiflop.demo import DemoSettings, comparison, run_demo
 from equiflop.demo.results import E_NAME, PLAIN_NAME, format_table
-from equiflop.demo.throughput import measure_throughput
 from equiflop.training import TrainingInterrupted, load_model
 from equiflop.training.progress import Progress
 from test_data import write_fashion_mnist
@@ -97,6 +97,6 @@ def test_throughput_takes_turns_and_reports_the_median() -> None:
             return images
 
     models = {name: Model(name) for name in (E_NAME, PLAIN_NAME)}
-    rates = measure_throughput(models, torch.zeros(4, 1, 2, 2), rounds=3, seconds=0.0, progress=Progress("test"))
+    rates = throughput_in_turns(models, torch.zeros(4, 1, 2, 2), rounds=3, seconds=0.0, progress=Progress("test"))
     assert calls == [E_NAME, PLAIN_NAME] * 4
     assert all(rate.lowest <= rate.median <= rate.highest for rate in rates.values())

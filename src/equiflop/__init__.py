@@ -8,7 +8,8 @@ from equiflop.checking import CheckReport, check
 from equiflop.counting import macs
 from equiflop.grids import ImageGroup
 from equiflop.groups import FiniteGroup, Rep
-from equiflop.models import equivariant_models, plain_twin
+from equiflop.inference import optimize_for_inference
+from equiflop.models import equivariant_models, plain_twin, twin
 from equiflop.warnings import EquiflopWarning
 
 __version__ = "0.1.0"
@@ -26,5 +27,7 @@ __all__ = [
     "macs",
     "models",
     "nn",
+    "optimize_for_inference",
     "plain_twin",
+    "twin",
 ]

@@ -6,7 +6,7 @@ Coordinates: ``x`` points right along columns, ``y`` up against rows, the origin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -125,33 +125,36 @@ class ImageGroup(FiniteGroup):
     __hash__ = FiniteGroup.__hash__
 
 
+_IDENTITY, _MIRROR, _UPSIDE_DOWN = np.eye(2, dtype=np.int64), np.diag([-1, 1]), np.diag([1, -1])
+_TURNS = np.stack([np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), k) for k in range(4)])
+
+#: The image groups that have a name: how to make the abstract group, and the matrices of its elements in its numbering.
+#: A new entry here is all that a new group needs.
+NAMED_IMAGE_GROUPS: dict[str, tuple[Callable[[], FiniteGroup], np.ndarray]] = {
+    "flop": (flop, np.stack([_IDENTITY, _MIRROR])),
+    "updown": (flop, np.stack([_IDENTITY, _UPSIDE_DOWN])),
+    "flips": (
+        lambda: direct_product(flop(), flop()),
+        np.stack([_IDENTITY, _UPSIDE_DOWN, _MIRROR, _MIRROR @ _UPSIDE_DOWN]),
+    ),
+    "rot4": (lambda: cyclic(4), _TURNS),
+    "octic": (lambda: dihedral(4), np.concatenate([_TURNS, _MIRROR @ _TURNS])),
+}
+
+
 @lru_cache(maxsize=16)
 def named_image_group(name: str) -> ImageGroup:
-    """The image group of a name: ``flop``, ``updown``, ``flips``, ``rot4`` or ``octic``.
+    """The image group of a name, one of :data:`NAMED_IMAGE_GROUPS`.
 
     Raises:
         ValueError: if there is none of that name.
     """
-    mirror, upside_down, turn = np.diag([-1, 1]), np.diag([1, -1]), np.array([[0, -1], [1, 0]])
-    identity = np.eye(2, dtype=np.int64)
-    turns = np.stack([np.linalg.matrix_power(turn, k) for k in range(4)])
-    if name == "flop":
-        return ImageGroup(flop(), np.stack([identity, mirror]), "flop")
-    if name == "updown":
-        return ImageGroup(flop(), np.stack([identity, upside_down]), "updown")
-    if name == "flips":
-        return ImageGroup(
-            direct_product(flop(), flop()), np.stack([identity, upside_down, mirror, mirror @ upside_down]), "flips"
+    if name not in NAMED_IMAGE_GROUPS:
+        raise ValueError(
+            f"group={name!r} is unknown; choose from {', '.join(NAMED_IMAGE_GROUPS)} or give an ImageGroup"
         )
-    if name == "rot4":
-        return ImageGroup(cyclic(4), turns, "rot4")
-    if name == "octic":
-        return ImageGroup(dihedral(4), np.concatenate([turns, mirror @ turns]), "octic")
-    raise ValueError(f"group={name!r} is unknown; choose from {', '.join(NAMED_IMAGE_GROUPS)} or give an ImageGroup")
-
-
-#: Names that :func:`named_image_group` knows.
-NAMED_IMAGE_GROUPS = ("flop", "updown", "flips", "rot4", "octic")
+    make, matrices = NAMED_IMAGE_GROUPS[name]
+    return ImageGroup(make(), matrices, name)
 
 
 def as_image_group(group: str | ImageGroup) -> ImageGroup:

@@ -13,6 +13,7 @@ import click
 COMMANDS = {
     "models": ("equiflop.cli.models", "List the models that equiflop registers in timm."),
     "check": ("equiflop.cli.check", "Test that a model is equivariant."),
+    "bench": ("equiflop.cli.bench", "Time models beside their plain twins."),
     "train": ("equiflop.cli.train", "Train a model on images."),
     "eval": ("equiflop.cli.evaluate", "Measure a trained model: accuracy, and answers that change with mirroring."),
     "predict": ("equiflop.cli.predict", "Classify image files."),

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor
 
+from equiflop.benchmark.timing import throughput_in_turns
 from equiflop.counting import macs
 from equiflop.data import DataNotFoundError, ImageData, open_data
 from equiflop.demo.picture import Example, draw_picture
@@ -25,7 +26,6 @@ from equiflop.demo.results import (
     format_table,
     write_results,
 )
-from equiflop.demo.throughput import measure_throughput
 from equiflop.models import plain_twin
 from equiflop.training import CheckpointError, MirrorAveraged, TrainConfig, Trainer, evaluate
 from equiflop.training.device import compile_problem, pick_device
@@ -108,7 +108,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = print) -> De
         name: evaluate(model, data.test, _EVALUATION_BATCH, plain.device, progress=progress)
         for name, model in models.items()
     }
-    rates = measure_throughput(models, images.to(plain.device), settings.rounds, settings.seconds, progress)
+    rates = throughput_in_turns(models, images.to(plain.device), settings.rounds, settings.seconds, progress)
     full_size = _measure_full_size(settings, plain.device, progress) if settings.full_size else None
     progress.clear()
 
@@ -219,7 +219,7 @@ def _measure_full_size(settings: DemoSettings, device: torch.device, progress: P
         for model in models.values():
             model.compile(dynamic=False)
     images = torch.randn(_FULL_SIZE_BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(settings.seed))
-    rates = measure_throughput(models, images.to(device), settings.rounds, settings.seconds, progress)
+    rates = throughput_in_turns(models, images.to(device), settings.rounds, settings.seconds, progress)
     return FullSize(
         equivariant=_FULL_SIZE_MODEL,
         plain=twin,

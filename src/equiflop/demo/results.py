@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-
-import equiflop
-from equiflop.demo.throughput import Throughput
+from equiflop.benchmark.machine import describe_machine
+from equiflop.benchmark.timing import Spread
 from equiflop.training import Evaluation
 from equiflop.training.checkpoint import write_atomically
 
@@ -38,7 +32,7 @@ class Row:
     parameters: int
     macs: int
     evaluation: Evaluation
-    throughput: Throughput
+    throughput: Spread
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class FullSize:
     equivariant: str
     plain: str
     macs: tuple[int, int]
-    throughput: tuple[Throughput, Throughput]
+    throughput: tuple[Spread, Spread]
     batch_size: int
     image_size: int
 
@@ -132,30 +126,9 @@ def write_results(path: Path, results: DemoResults) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    content = {
-        "hardware": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "equiflop": equiflop.__version__,
-            "system": platform.platform(),
-        },
-        "command": " ".join(["equiflop", *sys.argv[1:]]),
-        **asdict(results),
-    }
+    content = {**describe_machine(), **asdict(results)}
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
 def _ties(row: Row) -> str:
     return f"{row.name} {row.evaluation.changed_with_ties:,}"
-
-
-def _processor() -> str:
-    """The processor's name: Linux notes it in /proc/cpuinfo, others tell Python."""
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -5,6 +5,7 @@ from equiflop.models.equivariant_convnext import EquivariantConvNeXt, Equivarian
 from equiflop.models.equivariant_resmlp import EquivariantResMLP
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
 from equiflop.models.isotropic_convnext import IsotropicConvNeXt
+from equiflop.models.twin import twin, twin_keywords
 
 __all__ = [
     "EquivariantConvNeXt",
@@ -14,4 +15,6 @@ __all__ = [
     "IsotropicConvNeXt",
     "equivariant_models",
     "plain_twin",
+    "twin",
+    "twin_keywords",
 ]

@@ -1,0 +1,1 @@
+"""Networks timed side by side: what ``equiflop bench`` runs."""

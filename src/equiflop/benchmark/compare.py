@@ -1,0 +1,245 @@
+"""Equivariant networks beside their plain twins: cost, time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import equiflop
+from equiflop.benchmark.fractions import Fractions, split_time
+from equiflop.benchmark.memory import peak_memory
+from equiflop.benchmark.timing import Spread, time_in_turns
+from equiflop.inference import optimize_for_inference
+from equiflop.training.evaluation import MirrorAveraged
+from equiflop.training.model_spec import create_model, input_keywords
+from equiflop.training.progress import Progress
+
+Mode = Literal["eager", "compile", "optimized"]
+Step = Literal["forward", "train"]
+MODES: tuple[Mode, ...] = ("eager", "compile", "optimized")
+STEPS: tuple[Step, ...] = ("forward", "train")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure.
+
+    Attributes:
+        modes: ``eager``, ``compile`` (``torch.compile``), ``optimized`` (``equiflop.optimize_for_inference``; the plain
+            network by the same function). The last is for forward steps alone.
+        steps: ``forward`` (evaluation mode, no gradients) and ``train`` (forward, backward and an SGD step).
+        batch_sizes: images per step.
+        dtype: one of ``DTYPES``; parameters and images.
+        image_size: height and width in pixels.
+        rounds: turns of every network.
+        seconds: least length of a turn.
+        mirrored: also time the plain network averaged over both mirrored views.
+        memory: also measure the peak memory of a step.
+        fraction: also split the time of a step by kind of work (CPU).
+        settings: keywords for all networks.
+    """
+
+    modes: tuple[Mode, ...] = ("compile",)
+    steps: tuple[Step, ...] = ("forward",)
+    batch_sizes: tuple[int, ...] = (8,)
+    dtype: str = "float32"
+    image_size: tuple[int, int] = (224, 224)
+    rounds: int = 7
+    seconds: float = 1.0
+    mirrored: bool = False
+    memory: bool = False
+    fraction: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One network in one setting.
+
+    Attributes:
+        name: timm's name, with ``" (both views)"`` behind it where logits are averaged over both mirrored views.
+        model: the equivariant network that it is compared in.
+        parameters: number of parameters.
+        macs: MACs of one image; a training step makes about three times as many.
+        mode: see :class:`BenchConfig`.
+        step: see :class:`BenchConfig`.
+        batch_size: images per step.
+        latency: seconds per step.
+        throughput: images per second.
+        speedup: over the plain twin, the median over rounds of the ratio within a round; 1 for the twin itself.
+        peak_bytes: most memory held during a step, beyond parameters; None if not measured.
+        fractions: where the time goes; None if not measured.
+    """
+
+    name: str
+    model: str
+    parameters: int
+    macs: int
+    mode: Mode
+    step: Step
+    batch_size: int
+    latency: Spread
+    throughput: Spread
+    speedup: Spread
+    peak_bytes: int | None = None
+    fractions: Fractions | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def compare(
+    name: str,
+    config: BenchConfig,
+    device: torch.device,
+    progress: Progress | None = None,
+    report: Callable[[Entry], None] = lambda entry: None,
+) -> list[Entry]:
+    """Measure an equivariant network and its plain twin in turns, in every setting.
+
+    Args:
+        name: an equivariant model, or any model of timm, which is then measured alone.
+        config: what to measure.
+        device: where.
+        progress: the line that shows what happens.
+        report: called with every entry as soon as it is known.
+
+    Raises:
+        ValueError: if a model or setting is unknown, or the combination makes no sense.
+    """
+    check_config(config)
+    networks = _networks(name, config, device)
+    entries = []
+    for step in config.steps:
+        for mode in config.modes:
+            if mode == "optimized" and step == "train":
+                continue
+            for batch_size in config.batch_sizes:
+                found = _measure(name, networks, config, step, mode, batch_size, device, progress)
+                for entry in found:
+                    report(entry)
+                entries += found
+    return entries
+
+
+def check_config(config: BenchConfig) -> None:
+    """See that the values are valid.
+
+    Raises:
+        ValueError: if not.
+    """
+    for label, values, valid in (("mode", config.modes, MODES), ("step", config.steps, STEPS)):
+        for value in values:
+            if value not in valid:
+                raise ValueError(f"{label}={value!r} is unknown; choose from {', '.join(valid)}")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype={config.dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    if config.steps == ("train",) and config.modes == ("optimized",):
+        raise ValueError("mode='optimized' is for inference; train with 'eager' or 'compile'")
+    for label, number in (("rounds", config.rounds), ("batch_size", min(config.batch_sizes, default=0))):
+        if number < 1:
+            raise ValueError(f"{label}={number} must be at least 1")
+
+
+@dataclass
+class _Network:
+    name: str
+    model: nn.Module
+    macs: int
+    parameters: int
+    views: int = 1
+
+
+def _networks(name: str, config: BenchConfig, device: torch.device) -> list[_Network]:
+    """The network, its plain twin, and the twin once more for both mirrored views."""
+    wanted: list[tuple[str, dict[str, Any], int]] = [(name, dict(config.settings), 1)]
+    if name in equiflop.equivariant_models():
+        twin, overrides = equiflop.plain_twin(name)
+        plain_settings = {k: v for k, v in config.settings.items() if k not in ("group", "invariants")}
+        wanted.append((twin, overrides | plain_settings, 1))
+        if config.mirrored:
+            wanted.append((twin, overrides | plain_settings, 2))
+    networks: list[_Network] = []
+    for model_name, settings, views in wanted:
+        size = input_keywords(model_name, (3, *config.image_size))
+        keywords = {**{k: v for k, v in size.items() if k == "img_size"}, **settings}
+        model = networks[-1].model if views == 2 else create_model(model_name, keywords)
+        macs = equiflop.macs(model, config.image_size) * views
+        parameters = sum(p.numel() for p in model.parameters())
+        label = f"{model_name} (both views)" if views == 2 else model_name
+        networks.append(_Network(label, model.to(device, DTYPES[config.dtype]), macs, parameters, views))
+    return networks
+
+
+def _measure(
+    name: str,
+    networks: Sequence[_Network],
+    config: BenchConfig,
+    step: Step,
+    mode: Mode,
+    batch_size: int,
+    device: torch.device,
+    progress: Progress | None,
+) -> list[Entry]:
+    torch._dynamo.reset()
+    images = torch.randn(batch_size, 3, *config.image_size, device=device, dtype=DTYPES[config.dtype])
+    calls = {network.name: _call(network, images, step, mode) for network in networks}
+    times = time_in_turns(calls, config.rounds, config.seconds, device, progress, warm_up=2)
+    plain = times[networks[min(1, len(networks) - 1)].name]
+    entries = []
+    for network in networks:
+        seconds = times[network.name]
+        entries.append(
+            Entry(
+                network.name,
+                name,
+                network.parameters,
+                network.macs,
+                mode,
+                step,
+                batch_size,
+                Spread.of(seconds),
+                Spread.of([batch_size / value for value in seconds]),
+                Spread.of([p / value for p, value in zip(plain, seconds, strict=True)]),
+                peak_memory(calls[network.name], device) if config.memory else None,
+                _fractions(calls, network, images, step) if config.fraction and device.type == "cpu" else None,
+            )
+        )
+    return entries
+
+
+def _fractions(calls: Mapping[str, Callable[[], object]], network: _Network, images: Tensor, step: Step) -> Fractions:
+    return split_time(calls[network.name], _call(network, images, step, "eager"))
+
+
+def _call(network: _Network, images: Tensor, step: Step, mode: Mode) -> Callable[[], object]:
+    """A function that makes one step."""
+    model: nn.Module = MirrorAveraged(network.model) if network.views == 2 else network.model
+    if step == "forward":
+        model = model.eval()
+        if mode == "optimized":
+            model = optimize_for_inference(model)
+        run: Callable[[Tensor], Tensor] = torch.compile(model) if mode == "compile" else model
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return run(images)
+
+        return forward
+    model = model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    loss_of: Callable[[Tensor], Tensor] = torch.compile(model) if mode == "compile" else model
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(loss_of(images).float(), labels).backward()
+        optimizer.step()
+
+    return train

@@ -1,0 +1,532 @@
+"""Twins of timm's vision transformers: the same architecture, or a refusal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.layers import LayerNorm, LayerScale
+from timm.models import get_model_args
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import equiflop
+from equiflop import ImageGroup
+from equiflop.groups import cyclic
+from equiflop.models import EquivariantVisionTransformer
+from equiflop.models.twin import twin, twin_keywords
+from oracles import relative_error, scramble
+
+#: The group of one element: every channel is of the trivial irrep, and an equivariant network is a plain one.
+TRIVIAL = ImageGroup(cyclic(1), np.eye(2, dtype=np.int64)[None], "trivial")
+
+#: Names of timm, each for something that the others lack, and how they are made small.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "vit_small_patch16_224.augreg_in1k": {"img_size": 64},
+    "vit_base_patch16_224_miil": {"img_size": 48},  # no bias of queries, keys and values
+    "vit_base_patch16_224.mae": {"img_size": 48, "num_classes": 7},
+    "flexivit_small": {"img_size": 48},  # position embedding of the patches alone
+    "deit3_small_patch16_224": {"img_size": 64},  # layer scale
+    "vit_small_patch14_dinov2": {"img_size": 42},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 42},  # register tokens
+    "vit_base_patch16_clip_224": {"img_size": 64},  # norm behind the embedding, no bias before it, eps 1e-5
+    "vit_base_patch16_clip_quickgelu_224": {"img_size": 64},
+    "vit_medium_patch16_gap_240": {"img_size": 48},  # no class token, mean of the tokens, then the norm
+    "vit_base_patch16_siglip_gap_224": {"img_size": 64},  # norm before the mean
+    "vit_base_patch32_siglip_gap_256": {"img_size": 96},  # GELU by tanh
+    "vit_medium_patch16_reg1_gap_256": {"img_size": 64},  # register, no class token
+    "eva_large_patch14_196": {"img_size": 42},  # class token, yet the mean
+    "vit_intern300m_patch14_448": {"img_size": 56},  # any image size, no final norm
+    "vit_base_patch16_radio_v3": {"img_size": 64},  # eight class-like tokens, no final norm
+    "test_vit2": {"img_size": 48},  # any image size, register and class token
+}
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 3.0}
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def small(name: str, **options: Any) -> VisionTransformer:
+    """A network of timm at reduced size, in evaluation mode, all parameters of order one."""
+    plain = timm.create_model(name, **{**SMALL, **FAMILIES[name], **options})
+    return scramble(plain.double()).eval()
+
+
+def tiny(**options: Any) -> VisionTransformer:
+    """A network of timm's class, made by hand."""
+    return scramble(VisionTransformer(**{"img_size": 32, "patch_size": 8, "num_classes": 7, **SMALL, **options})).eval()
+
+
+def plain_weights(plain: VisionTransformer, made: EquivariantVisionTransformer) -> dict[str, Tensor]:
+    """The state dict of a plain network under the names of its twin for the group of one element."""
+    state = {}
+    names = made.state_dict().keys()
+    for key, value in plain.state_dict().items():
+        if key == "pos_embed":
+            prefix = value.shape[1] - plain.patch_embed.num_patches
+            if prefix:
+                state["pos_embed.prefix"] = value[0, :prefix]
+            state["pos_embed.weight_A"] = value[0, prefix:]
+        elif key == "patch_embed.proj.weight":  # channels behind the pixels of a patch
+            state["patch_embed.proj.weight_A"] = value.permute(0, 2, 3, 1).flatten(1)
+        else:
+            state[key if key in names else f"{key}_A"] = value
+    return state
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def assert_same_network(plain: VisionTransformer, size: tuple[int, int] | None = None, **overrides: Any) -> None:
+    """The twin for the group of one element, with the plain network's weights, computes what that computes."""
+    plain = plain.double()
+    made = twin(plain, TRIVIAL, **overrides)
+    made.load_state_dict(plain_weights(plain, made), strict=True)
+    images = torch.randn(2, plain.in_chans, *(size or plain.patch_embed.img_size), dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(made(images), plain(images)) < 1e-10
+        assert relative_error(made.forward_features(images), plain.forward_features(images)) < 1e-10
+        pooled = [model.forward_head(model.forward_features(images), pre_logits=True) for model in (made, plain)]
+        assert relative_error(*pooled) < 1e-10
+        for found, expected in zip(
+            *(model.forward_intermediates(images, intermediates_only=True) for model in (made, plain)), strict=True
+        ):
+            assert relative_error(found, expected) < 1e-10
+
+
+@every_family
+def test_the_twin_is_the_same_network(name: str) -> None:
+    """With one group element nothing but the names of the weights may differ: nothing was dropped."""
+    assert_same_network(small(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["deit3_small_patch16_224", "vit_base_patch16_clip_224", "eva_large_patch14_196", "test_vit2"]
+)
+@pytest.mark.parametrize("design", ["hybrid", "invariant"])
+def test_the_designs_with_plain_blocks_are_the_same_network(name: str, design: str) -> None:
+    assert_same_network(small(name, depth=3), design=design)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pos_embed": "none"},
+        {"qkv_bias": False, "proj_bias": False},
+        {"act_layer": "relu"},
+        {"act_layer": nn.GELU},
+        {"act_layer": "hard_swish"},
+        {"global_pool": ""},
+        {"global_pool": "avg"},
+        {"global_pool": "avg", "fc_norm": False},
+        {"global_pool": "avg", "pool_include_prefix": True, "reg_tokens": 2},
+        {"global_pool": "avg", "final_norm": False},
+        {"fc_norm": True},
+        {"final_norm": False},
+        {"pre_norm": True, "init_values": 0.3},
+        {"class_token": False, "global_pool": "avg", "pos_embed": "learn"},
+        {"class_token": False, "global_pool": "avg", "reg_tokens": 3, "no_embed_class": True},
+        {"reg_tokens": 3, "no_embed_class": True},
+        {"num_classes": 0},
+        {"in_chans": 1},
+        {"mlp_ratio": 4304 / 1152, "embed_dim": 36},
+        {"mlp_ratio": 0.75},
+        {"img_size": (16, 40)},
+        {"patch_size": (8, 4)},
+        {"patch_size": 5, "img_size": 35},
+        {"num_heads": 8},
+        {"norm_layer": nn.LayerNorm},
+        {"depth": 1},
+    ],
+    ids=str,
+)
+def test_every_option_is_mirrored(options: dict[str, Any]) -> None:
+    assert_same_network(tiny(**options))
+
+
+def test_any_image_size() -> None:
+    """timm resamples the position embedding in float32, so that only its own grid compares exactly."""
+    plain = tiny(dynamic_img_size=True)
+    assert_same_network(plain)
+    made = twin(plain, "octic")
+    assert made.dynamic_img_size and made(torch.randn(1, 3, 24, 48, dtype=torch.float64)).shape == (1, 7)
+    assert equiflop.check(made, input_size=(24, 40)).max_error < 1e-12
+
+
+@every_family
+@pytest.mark.parametrize("group", ["flop", "octic"])
+def test_twins_are_equivariant_and_cheaper(name: str, group: str) -> None:
+    plain = small(name, embed_dim=64)
+    made = twin(plain, group)
+    assert dtype_of(made) == torch.float64 and made.training == plain.training
+    report = equiflop.check(made)
+    assert report.passed and report.max_error < 1e-12
+    size = plain.patch_embed.img_size
+    images = torch.randn(2, plain.in_chans, *size, dtype=torch.float64)
+    with torch.no_grad():
+        assert made(images).shape[:1] == plain(images).shape[:1]
+        if plain.num_classes:
+            assert made(images).shape == plain(images).shape
+        assert made.forward_features(images).shape == plain.forward_features(images).shape
+    assert equiflop.macs(made, size) == expected_macs(plain, group)
+
+
+def expected_macs(plain: VisionTransformer, group: str) -> int:
+    """MACs of a twin by hand: attention costs the same, linear maps a share that the group fixes."""
+    head = plain.embed_dim * plain.num_classes
+    patches = plain.patch_embed.num_patches
+    tokens = patches + plain.num_prefix_tokens
+    attention = len(plain.blocks) * 2 * tokens**2 * plain.embed_dim
+    embedding = patches * plain.patch_embed.proj.weight.numel()
+    linear = equiflop.macs(plain, plain.patch_embed.img_size) - attention - head - embedding
+    side = plain.patch_embed.patch_size[0]
+    if group == "flop":
+        return (embedding + linear + head) // 2 + attention
+    assert side % 2 == 0
+    return 3 * (embedding + linear) // 16 + head // 8 + attention
+
+
+def test_a_name_gives_the_twin_of_that_network() -> None:
+    with torch.device("meta"):
+        made = twin("vit_small_patch14_reg4_dinov2")
+    assert type(made) is EquivariantVisionTransformer and made.design == "equivariant"
+    assert next(made.parameters()).is_meta and made.training
+    assert (made.embed_dim, len(made.blocks), made.blocks[0].attn.num_heads) == (384, 12, 6)
+    assert (made.num_reg_tokens, made.num_classes, made.patch_embed.img_size) == (4, 0, (518, 518))
+    assert made.norm.eps == 1e-6 and made.blocks[3].ls1.init_values == 1e-5 and made.no_embed_class
+    config = timm.data.resolve_model_data_config(made)
+    plain = timm.data.resolve_model_data_config(timm.create_model("vit_small_patch14_reg4_dinov2", device="meta"))
+    assert config == plain
+    assert not any(made.pretrained_cfg.get(key) for key in ("url", "hf_hub_id", "file"))
+    assert twin("vit_base_patch16_224.augreg_in21k", device="meta").num_classes == 21843
+
+
+def test_the_published_names_are_such_twins() -> None:
+    """But for the epsilon of the norms, which the published flop networks halve, and the initial layer scale."""
+    ours = timm.create_model("flop_deit3_small_patch16_224", device="meta")
+    made = twin("deit3_small_patch16_224", device="meta")
+    assert {key: value.shape for key, value in made.state_dict().items()} == {
+        key: value.shape for key, value in ours.state_dict().items()
+    }
+    assert equiflop.macs(made, (224, 224)) == equiflop.macs(ours, (224, 224))
+
+
+def test_overrides_replace_what_was_read() -> None:
+    options = {"img_size": 64, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 5, "in_chans": 1}
+    made = twin("vit_base_patch16_clip_quickgelu_224", "octic", invariants="norm", global_pool="avg", **options)
+    assert equiflop.check(made.double()).max_error < 1e-12
+    assert made(torch.randn(1, 1, 64, 64, dtype=torch.float64)).shape == (1, 5)
+    assert isinstance(made.norm, nn.Identity) and made.fc_norm.eps == 1e-5  # moves with the pooling, as in timm
+    hybrid = twin("vit_base_patch16_clip_224", design="hybrid", equivariant_depth=1, depth=2, device="meta")
+    assert isinstance(hybrid.blocks[1], timm.models.vision_transformer.Block)
+    assert {m.eps for m in hybrid.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
+    instead = twin("vit_base_patch16_siglip_224", global_pool="avg", device="meta", depth=1)
+    assert instead.attn_pool is None and isinstance(instead.norm, nn.Identity)
+    with pytest.raises(ValueError, match=r"override num_clases=5 is unknown; did you mean num_classes\?"):
+        twin("vit_small_patch16_224", num_clases=5)
+    with pytest.raises(ValueError, match="override qk_norm=True is unknown; "):
+        twin("vit_small_patch16_224", qk_norm=True)
+    with pytest.raises(ValueError, match="pretrained=True: weights of a plain network have no equivariant image"):
+        twin("vit_small_patch16_224", pretrained=True)
+
+
+def test_keywords_make_the_twin_again() -> None:
+    plain = tiny(init_values=0.1, act_layer="quick_gelu", drop_path_rate=0.1, drop_rate=0.2, patch_drop_rate=0.25)
+    made = twin(plain, "flop", num_classes=3)
+    again = EquivariantVisionTransformer(**twin_keywords(plain, "flop", num_classes=3))
+    again.load_state_dict(made.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.eval()(images), made.eval()(images))
+    args = get_model_args(made)
+    assert args["num_classes"] == 3 and args["group"] == "flop" and args["act_layer"] == "quick_gelu"
+    made.set_input_size(48)
+    made.reset_classifier(4, "avg")
+    rebuilt = EquivariantVisionTransformer(**get_model_args(made))
+    rebuilt.load_state_dict(made.state_dict())
+    images = torch.randn(2, 3, 48, 48)
+    assert torch.equal(rebuilt.eval()(images), made.eval()(images))
+
+
+def test_what_acts_in_training_is_mirrored() -> None:
+    plain = tiny(
+        drop_path_rate=0.3,
+        drop_rate=0.1,
+        pos_drop_rate=0.15,
+        proj_drop_rate=0.2,
+        attn_drop_rate=0.25,
+        patch_drop_rate=0.5,
+        depth=4,
+    ).train()
+    plain.set_grad_checkpointing()
+    made = twin(plain)
+    assert made.training and made.grad_checkpointing
+    for found, expected in zip(made.blocks, plain.blocks, strict=True):
+        assert getattr(found.drop_path1, "drop_prob", 0.0) == getattr(expected.drop_path1, "drop_prob", 0.0)
+        assert (
+            found.attn.attn_drop.p == 0.25 and found.attn.proj_drop.p == found.mlp.drop1.p == found.mlp.drop2.p == 0.2
+        )
+    assert (made.head_drop.p, made.pos_drop.p, made.patch_drop.prob) == (0.1, 0.15, 0.5)
+    made(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+@every_family
+def test_functions_of_timm(name: str) -> None:
+    plain = small(name)
+    made = twin(plain, "flop")
+    side = plain.patch_embed.patch_size[0]
+    images = torch.randn(1, 3, *plain.patch_embed.img_size, dtype=torch.float64)
+    assert len(made.forward_intermediates(images, intermediates_only=True)) == 2
+    made.reset_classifier(4, global_pool="avg")
+    assert made(images).shape == (1, 4)
+    no_decay = {key.split(".")[0] for key in made.no_weight_decay()}
+    names = {key.split(".")[0] for key, _ in plain.named_parameters()}
+    assert no_decay == names & {"cls_token", "pos_embed", "reg_token"}
+    made.set_input_size((2 * side, 3 * side))
+    assert made(torch.randn(1, 3, 2 * side, 3 * side, dtype=torch.float64)).shape == (1, 4)
+    assert equiflop.check(made).max_error < 1e-12
+
+
+def test_networks_that_timm_changed_are_read_as_they_are() -> None:
+    plain = tiny(reg_tokens=1)
+    plain.set_input_size((40, 24))
+    plain.reset_classifier(3, "avg")
+    plain.prune_intermediate_layers([0], prune_head=False)
+    plain.requires_grad_(False)
+    assert_same_network(plain)
+    made = twin(plain)
+    assert made.patch_embed.grid_size == (5, 3) and made.num_classes == 3 and len(made.blocks) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_follows_the_network(dtype: torch.dtype) -> None:
+    made = twin(tiny().to(dtype))
+    assert {parameter.dtype for parameter in made.parameters()} == {dtype}
+    assert made(torch.randn(1, 3, 32, 32, dtype=dtype)).dtype == dtype
+
+
+def test_compiled_networks_are_read_like_others() -> None:
+    plain = tiny()
+    assert twin_keywords(torch.compile(plain)) == twin_keywords(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("resnet18", "class is ResNet; supported is timm's VisionTransformer"),
+        ("deit_tiny_distilled_patch16_224", "class is VisionTransformerDistilled"),
+        ("eva02_tiny_patch14_224", "class is Eva"),
+        ("vit_tiny_r_s16_p8_224", "patch embedding of class HybridEmbed"),
+        ("vitamin_small_224", "patch embedding of class HybridEmbed"),
+        ("vit_base_patch16_siglip_224", "global_pool='map' breaks the symmetry"),
+        ("vit_small_patch16_18x2_224", "blocks of class ParallelThingsBlock"),
+        ("vit_base_patch16_rpn_224", "blocks of class ResPostBlock"),
+        ("vit_pwee_patch16_reg1_gap_256", "blocks of class ParallelScalingBlock"),
+        ("vit_dwee_patch16_reg1_gap_256", "attention of class DiffAttention"),
+        ("vit_giant_patch14_dinov2", "MLP of class GluMlp"),
+        ("beit3_base_patch16_224", "scale_attn_norm.*scale_mlp_norm"),
+        ("test_vit4", "norms of class RmsNorm"),
+        ("aimv2_large_patch14_224", "embed_norm_layer.*RmsNorm.*SwiGLU"),
+        ("vit_so400m_patch14_siglip_gap_384", "image height 384 is not a multiple of the patch height 14"),
+        ("flop_deit3_small_patch16_224", "equivariant network already"),
+    ],
+)
+def test_names_that_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} has no twin: .*{reason}") as error:
+        twin(name)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_models() -> None:
+    with pytest.raises(ValueError, match=r"'vit_base_patch16_225' is not a model of timm; did you mean vit_base"):
+        twin("vit_base_patch16_225")
+    with pytest.raises(ValueError, match=r"'qqq' is not a model of timm; timm.list_models\(\)"):
+        twin("qqq")
+    with pytest.raises(ValueError, match=r"Invalid pretrained tag \(nope\)"):
+        twin("vit_base_patch16_224.nope")
+    with pytest.raises(TypeError, match="model=3 is neither a name"):
+        twin(3)
+    with pytest.raises(ValueError, match="class is Linear"):
+        twin(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="group='flap' is unknown"):
+        twin("vit_small_patch16_224", "flap")
+
+
+@pytest.mark.parametrize(
+    ("options", "group", "reason"),
+    [
+        ({"embed_dim": 36}, "octic", r"embed_dim=36 is not divisible by \|G\|=8"),
+        ({"num_heads": 8}, "octic", "num_heads=8 does not divide every multiplicity"),
+        ({"mlp_ratio": 2.6}, "octic", r"int\(32 \* mlp_ratio\)=83 is not divisible by \|G\|=8"),
+        ({"img_size": (32, 48)}, "octic", "img_size=.* is not square"),
+        ({"qk_norm": True}, "flop", r"norm of queries and keys \(qk_norm\)"),
+        ({"norm_layer": "rmsnorm"}, "flop", "norms of class RmsNorm"),
+        ({"embed_norm_layer": LayerNorm}, "flop", "embed_norm_layer"),
+        ({"act_layer": nn.Softplus}, "flop", "activation of class Softplus"),
+        ({"global_pool": "max"}, "flop", "global_pool='max' breaks the symmetry"),
+        ({"global_pool": "avgmax"}, "flop", "global_pool='avgmax' breaks the symmetry"),
+        ({"global_pool": "prr"}, "flop", "global_pool='prr' breaks the symmetry"),
+        ({"dynamic_img_size": True, "dynamic_img_pad": True}, "flop", "dynamic_img_pad=True"),
+        ({"depth": 0}, "flop", "no blocks"),
+    ],
+    ids=str,
+)
+def test_networks_that_are_refused(options: dict[str, Any], group: str, reason: str) -> None:
+    plain = VisionTransformer(**{"img_size": 32, "patch_size": 8, "num_classes": 7, **SMALL, **options})
+    with pytest.raises(ValueError, match=f"^VisionTransformer has no twin: .*{reason}"):
+        twin(plain, group)
+
+
+def _share_blocks(plain: Any) -> None:
+    plain.blocks[1] = plain.blocks[0]
+
+
+def _tie_weights(plain: Any) -> None:
+    plain.blocks[1].attn.proj.weight = plain.blocks[0].attn.proj.weight
+
+
+def _patch_method(plain: Any) -> None:
+    plain.blocks[0].forward = lambda x, **_: x
+
+
+def _hook(plain: Any) -> None:
+    plain.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def _weight_norm(plain: Any) -> None:
+    nn.utils.parametrizations.weight_norm(plain.blocks[0].attn.qkv)
+
+
+def _other_eps(plain: Any) -> None:
+    plain.blocks[1].norm2.eps = 1e-3
+
+
+def _norm_without_affine(plain: Any) -> None:
+    plain.norm = LayerNorm(32, affine=False)
+
+
+def _other_scale(plain: Any) -> None:
+    plain.blocks[1].attn.scale = 1.0
+
+
+def _other_dropout(plain: Any) -> None:
+    plain.blocks[1].mlp.drop2.p = 0.5
+
+
+def _scale_in_one_block(plain: Any) -> None:
+    plain.blocks[1].ls2 = LayerScale(32, 0.1)
+
+
+def _other_activation(plain: Any) -> None:
+    plain.blocks[1].mlp.act = nn.ReLU()
+
+
+def _other_head(plain: Any) -> None:
+    plain.head = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 7))
+
+
+def _head_without_bias(plain: Any) -> None:
+    plain.head.bias = None
+
+
+def _mlp_without_bias(plain: Any) -> None:
+    plain.blocks[0].mlp.fc2.bias = None
+
+
+def _patches_without_bias(plain: Any) -> None:
+    plain.patch_embed.proj.bias = None
+
+
+def _overlapping_patches(plain: Any) -> None:
+    plain.patch_embed.proj.stride = (4, 4)
+
+
+def _more_modules(plain: Any) -> None:
+    plain.blocks[0].add_module("adapter", nn.Linear(32, 32))
+
+
+def _more_parameters(plain: Any) -> None:
+    plain.mask_token = nn.Parameter(torch.zeros(32))
+
+
+def _missing_block_part(plain: Any) -> None:
+    plain.blocks[1].norm1 = nn.Identity()
+
+
+def _other_position_embedding(plain: Any) -> None:
+    plain.pos_embed = nn.Parameter(torch.zeros(1, 9, 32))
+
+
+def _fixed_position_embedding(plain: Any) -> None:
+    plain.pos_embed.requires_grad_(False)
+
+
+def _position_embedding_as_buffer(plain: Any) -> None:
+    values = plain.pos_embed.detach()
+    del plain.pos_embed
+    plain.register_buffer("pos_embed", values)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_share_blocks, "module blocks.1 .* shared with another place"),
+        (_tie_weights, "parameter blocks.1.attn.proj.weight is absent"),
+        (_patch_method, "module blocks.0 has its own method 'forward'"),
+        (_hook, "module blocks.1.mlp has forward hooks"),
+        (_weight_norm, "module blocks.0.attn.qkv"),
+        (_other_eps, "module blocks.1.norm2 has eps=0.001 where 1e-06"),
+        (_norm_without_affine, "module norm has elementwise_affine=False"),
+        (_other_scale, "module blocks.1.attn has scale=1.0"),
+        (_other_dropout, "module blocks.1.mlp.drop2 has p=0.5"),
+        (_scale_in_one_block, "module blocks.1.ls2 is LayerScale"),
+        (_other_activation, "module blocks.1.mlp.act is ReLU"),
+        (_other_head, "module head is Sequential"),
+        (_head_without_bias, "parameter head.bias is absent"),
+        (_mlp_without_bias, "parameter blocks.0.mlp.fc2.bias is absent"),
+        (_patches_without_bias, "parameter patch_embed.proj.bias is absent"),
+        (_overlapping_patches, r"module patch_embed.proj has stride=\(4, 4\)"),
+        (_more_modules, "module blocks.0.adapter"),
+        (_more_parameters, "parameter mask_token"),
+        (_missing_block_part, "module blocks.1.norm1 is Identity"),
+        (_other_position_embedding, "parameter pos_embed"),
+        (_fixed_position_embedding, "fixed position embedding"),
+        (_position_embedding_as_buffer, "parameter pos_embed is absent"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_networks_changed_by_hand_are_refused(change: Callable[[Any], None], reason: str) -> None:
+    """Nothing that a network has is dropped in silence, wherever it sits."""
+    plain = copy.deepcopy(tiny())
+    twin(plain, device="meta")
+    change(plain)
+    with pytest.raises(ValueError, match=f"has no twin: .*{reason}"):
+        twin(plain, device="meta")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["flop", "octic"])
+def test_all_names_of_timm(group: str) -> None:
+    """Every name is built or refused, and what is built costs what it should; two blocks stand for all."""
+    built = []
+    refusals = {}
+    for name in timm.list_models(module="vision_transformer"):
+        try:
+            made = twin(name, group, depth=2, device="meta")
+        except ValueError as error:
+            refusals[name] = str(error)
+            continue
+        built.append(name)
+        with torch.device("meta"):
+            plain = timm.create_model(name, depth=2)
+        size = plain.patch_embed.img_size
+        cost, plain_cost = equiflop.macs(made, size), equiflop.macs(plain, size)
+        assert cost == expected_macs(plain, group) and cost < plain_cost, name
+        made_parameters, plain_parameters = (sum(p.numel() for p in model.parameters()) for model in (made, plain))
+        assert 0.95 < plain_parameters / made_parameters / made.group.order < 1.05, name
+    assert all(text.startswith(f"{name} has no twin: ") and "\n" not in text for name, text in refusals.items())
+    assert len(built) >= 114
