@@ -168,7 +168,11 @@ def draw_filters(checkpoint: str) -> None:
         strongest = kernels.flatten(1).norm(dim=1).argsort(descending=True)[:10]
         for axis, index in zip(axes[row], strongest, strict=True):
             kernel = kernels[index].unflatten(-1, embed.patch_size).permute(1, 2, 0)
-            axis.imshow((kernel / kernel.abs().max() + 1) / 2)
+            scaled = kernel / kernel.abs().max()
+            if embed.in_chans == 1:
+                axis.imshow(scaled[..., 0], cmap="RdBu_r", vmin=-1, vmax=1)
+            else:
+                axis.imshow((scaled + 1) / 2)
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row, 0].set_ylabel(title)

@@ -123,8 +123,13 @@ def check(
     ``f(g x) = g f(x)``, where ``g`` moves the tokens and acts on the channels. A copy of the model is used, in
     evaluation mode; the model itself is not touched.
 
+    An output that is a map, ``(B, K, H, W)``, is checked as a map: ``g`` must move its pixels and leave its channels as
+    they are. A model whose output channels transform as well says how by an attribute ``output_rep``, a
+    :class:`~equiflop.Rep` of ``K`` channels; with it an output ``(B, K)`` must transform too, by ``output_rep`` alone.
+    Maps of models with ``feature_rep`` and no ``output_rep`` are features, and compared as such.
+
     Args:
-        model: any image network; features are compared where it has ``feature_rep``.
+        model: any image network; features are compared where it has ``feature_rep`` of the same group.
         group: the group to try; by default the model's own, or ``"flop"``.
         input_size: ``(height, width)`` or ``(channels, height, width)``; by default the model's own.
         randomize: whether to fill all parameters with random numbers first: zero biases and tiny scales, as in a fresh
@@ -134,7 +139,8 @@ def check(
         seed: seed of the images and parameters.
 
     Raises:
-        ValueError: if the input size does not fit, or ``batch_size < 2``.
+        ValueError: if the input size does not fit, ``batch_size < 2``, or the model's ``output_rep`` does not describe
+            its output or belongs to another group.
     """
     if batch_size < 2:
         raise ValueError(
@@ -154,17 +160,20 @@ def check(
     rows: list[CheckRow] = []
     problems: list[str] = []
     with torch.no_grad():
-        reference = _run(model, images)
+        reference = _run(model, images, group)
+        if not reference:
+            problems.append(
+                f"nothing was compared: the model does not say how group {group.name!r} acts on its output or features"
+            )
         for what, value in reference.items():
-            problem = _problem(value.tensor)
+            problem = _problem(value.tensor, is_map=what == "output" and value.tensor.ndim == 4)
             if problem:
                 problems.append(f"{what} {problem}")
         for a in range(group.order):
-            moved = _run(model, group.act_on_image(a, images))
+            moved = _run(model, group.act_on_image(a, images), group)
             for what, value in reference.items():
                 expected = value.moved_by(group, a).double()
-                error = (moved[what].tensor.double() - expected).abs().max() / expected.abs().max()
-                rows.append(CheckRow(a, what, float(error.nan_to_num(nan=float("inf")))))
+                rows.append(CheckRow(a, what, _relative_error(moved[what].tensor.double(), expected)))
     limit = tolerance if tolerance is not None else TOLERANCES.get(dtype, 1e-5)
     return CheckReport(group, dtype, limit, tuple(rows), tuple(problems))
 
@@ -191,7 +200,7 @@ def randomize_parameters(model: nn.Module, generator: torch.Generator) -> None:
 
 @dataclass(frozen=True)
 class _Value:
-    """An output (without ``rep``), a feature map ``(B, C, H, W)`` or class and register tokens ``(B, P, C)``."""
+    """An invariant output (without ``rep``), a map ``(B, C, H, W)``, or vectors ``(B, C)``, ``(B, P, C)``."""
 
     tensor: Tensor
     rep: Rep | None = None
@@ -200,30 +209,33 @@ class _Value:
         """What the element ``a`` makes of it."""
         if self.rep is None:
             return self.tensor
-        if self.tensor.ndim == 3:
+        if self.tensor.ndim < 4:
             return act_on_channels(self.rep, a, self.tensor)
         channels_moved = act_on_channels(self.rep, a, self.tensor.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return group.act_on_image(a, channels_moved)
 
 
-def _run(model: Any, images: Tensor) -> dict[str, _Value]:
-    """The output, where the model claims that it is invariant, and the features after every block or stage."""
+def _run(model: Any, images: Tensor, group: ImageGroup) -> dict[str, _Value]:
+    """The output, unless the model says that it obeys no rule, and the features after every block or stage."""
     values: dict[str, _Value] = {}
-    if getattr(model, "invariant_output", True):
+    if getattr(model, "output_rep", None) is not None:
+        output = model(images)
+        values["output"] = _Value(output, _output_rep(model.output_rep, output, group))
+    elif getattr(model, "invariant_output", True):
         output = model(images)
         if output.ndim == 3 and hasattr(model, "num_prefix_tokens"):  # logits of every token
             prefix = model.num_prefix_tokens
             grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-            rep = Rep.trivial(as_image_group(getattr(model, "group", "flop")), output.shape[-1])
-            values["output"] = _Value(output[:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2), rep)
+            channels = Rep.trivial(group, output.shape[-1])
+            values["output"] = _Value(output[:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2), channels)
             if prefix:
-                values["output of class and register tokens"] = _Value(output[:, :prefix], rep)
+                values["output of class and register tokens"] = _Value(output[:, :prefix], channels)
         elif output.ndim == 2 or not hasattr(model, "feature_rep"):
-            values["output"] = _Value(output)
+            values["output"] = _Value(output, Rep.trivial(group, output.shape[1]) if output.ndim == 4 else None)
     if hasattr(model, "feature_rep"):
         prefixes = {"return_prefix_tokens": True} if getattr(model, "num_prefix_tokens", 0) else {}
         for i, found in enumerate(model.forward_intermediates(images, intermediates_only=True, **prefixes)):
-            rep = model.feature_rep(i)
+            rep = _rep_for(group, model.feature_rep(i))
             if rep is not None:
                 feature_map, prefix = found if isinstance(found, tuple) else (found, None)
                 values[f"features {i}"] = _Value(feature_map, rep)
@@ -232,7 +244,35 @@ def _run(model: Any, images: Tensor) -> dict[str, _Value]:
     return values
 
 
-def _problem(value: Tensor) -> str | None:
+def _output_rep(rep: Rep, output: Tensor, group: ImageGroup) -> Rep:
+    """The type of the output's channels for the group that is tried."""
+    if output.ndim not in (2, 4) or output.shape[1] != rep.dim:
+        raise ValueError(
+            f"output_rep={rep!r} does not describe an output of shape {tuple(output.shape)}; "
+            f"it needs (batch, {rep.dim}) or (batch, {rep.dim}, height, width)"
+        )
+    fitting = _rep_for(group, rep)
+    if fitting is None:
+        raise ValueError(f"group={group.name!r} is not the group of the model's output_rep={rep!r}; check it with that")
+    return fitting
+
+
+def _rep_for(group: ImageGroup, rep: Rep | None) -> Rep | None:
+    """``rep`` as a type for ``group``, or None where it says nothing of it; invariant channels are so for any group."""
+    if rep is None or rep.group == group:
+        return rep
+    return Rep.trivial(group, rep.dim) if rep.multiplicities[0] == rep.dim else None
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude; infinite where there is no number or another shape."""
+    if found.shape != expected.shape:
+        return float("inf")
+    error = (found - expected).abs().max() / expected.abs().max()
+    return float(error.nan_to_num(nan=float("inf")))
+
+
+def _problem(value: Tensor, is_map: bool) -> str | None:
     value = value.double()
     if not torch.isfinite(value).all():
         return "is not finite"
@@ -240,6 +280,10 @@ def _problem(value: Tensor) -> str | None:
     spread = (value - value.mean(dim=0, keepdim=True)).abs().max()
     if size == 0 or spread / size < MIN_SPREAD:
         return "is (nearly) the same for all images, so that its invariance says nothing"
+    if is_map and value[0, 0].numel() > 1:
+        spread = (value - value.mean(dim=(-2, -1), keepdim=True)).abs().max()
+        if spread / size < MIN_SPREAD:
+            return "is (nearly) the same at all pixels, so that it says nothing of how the map moves"
     return None
 
 

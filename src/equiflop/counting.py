@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equiflop import nn as enn
+from equiflop.models.segmentation import PatchDecoder
+from equiflop.nn.circulant import CirculantLinear
+from equiflop.nn.permutation import GraphLinear, SetLinear
+from equiflop.nn.point_embed import PointEmbed
 
 Counter = Callable[[Any, Tensor], int]
 
@@ -72,21 +76,29 @@ COUNTERS: dict[type[nn.Module], Counter] = {
     TimmAttention: _plain_attention,
     enn.Linear: lambda module, x: _vectors(x) * module.macs_per_vector,
     enn.FourierActivation: lambda module, x: _vectors(x) * module.macs_per_vector,
+    enn.ToSpatial: lambda module, x: _vectors(x) * module.macs_per_vector,
     enn.GridTransform: lambda module, x: math.prod(x.shape[:-2]) * x.shape[-1] * module.macs_per_channel,
     enn.DepthwiseConv: lambda module, x: x.numel() * module.kernel_size**2,
     enn.TokenMixing: lambda module, x: x.shape[0] * x.shape[-1] * module.linear.macs_per_vector,
     enn.Attention: _equivariant_attention,
     enn.Mlp: _equivariant_mlp,
+    PatchDecoder: lambda module, x: _vectors(x) * module.macs_per_token,  # its linear map is a module of its own
+    CirculantLinear: lambda module, x: x.shape[:-2].numel() * module.macs_per_signal,
+    GraphLinear: lambda module, nodes: nodes.shape[0] * module.macs(nodes.shape[1]),
+    SetLinear: lambda module, x: x.shape[0] * module.macs(x.shape[1]),
+    PointEmbed: lambda module, x: module.macs_of(x.shape[0], x.shape[1]),
 }
 
 
-def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
+def macs(model: nn.Module, input_size: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> int:
     """MACs of one image (batch 1) through a network, in evaluation mode.
 
     Args:
         model: any network made of modules that have a counter, equivariant or plain.
         input_size: ``(height, width)`` or ``(channels, height, width)``; with two numbers the channels are
             ``model.in_chans``, or 3.
+            For anything else, a tuple with the shape of every input without the batch axis, such as ``((n, C),)`` for a
+            signal or ``((n, C), (n, n, D))`` for a graph.
 
     Raises:
         ValueError: if the input size is malformed, or a module makes products that no counter explains.
@@ -96,7 +108,7 @@ def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     4598882304
     """
     model = getattr(model, "_orig_mod", model)
-    shape = _input_shape(model, input_size)
+    shapes = _nested_shapes(input_size) or (_input_shape(model, input_size),)
     counted: dict[str, int] = {}
     made = _MadeProducts()
     state = {
@@ -105,7 +117,8 @@ def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     }
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     with _evaluating(model), _hooks(model, counted, made), torch.no_grad(), made:
-        torch.func.functional_call(model, state, (torch.empty(1, *shape, dtype=dtype, device="meta"),))
+        inputs = tuple(torch.empty(1, *shape, dtype=dtype, device="meta") for shape in shapes)
+        torch.func.functional_call(model, state, inputs)
     types = {name: type(module).__name__ for name, module in model.named_modules()}
     for name in {*counted, *made.products}:
         if counted.get(name, 0) != made.products.get(name, 0):
@@ -116,7 +129,16 @@ def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     return sum(counted.values())
 
 
-def _input_shape(model: nn.Module, input_size: tuple[int, ...]) -> tuple[int, ...]:
+def _nested_shapes(input_size: Any) -> tuple[tuple[int, ...], ...]:
+    """The shapes of all inputs if ``input_size`` is a sequence of shapes, else an empty tuple."""
+    if not isinstance(input_size, (tuple, list)) or not any(isinstance(shape, (tuple, list)) for shape in input_size):
+        return ()
+    if not all(isinstance(shape, (tuple, list)) and len(shape) and min(shape) >= 1 for shape in input_size):
+        raise ValueError(f"input_size={input_size!r} must hold one shape of positive lengths for every input")
+    return tuple(tuple(shape) for shape in input_size)
+
+
+def _input_shape(model: nn.Module, input_size: Any) -> tuple[int, ...]:
     if not isinstance(input_size, (tuple, list)) or len(input_size) not in (2, 3) or min(input_size) < 1:
         raise ValueError(
             f"input_size={input_size!r} must be (height, width) or (channels, height, width), all positive"
@@ -183,7 +205,14 @@ class _MadeProducts(TorchDispatchMode):
 def _macs_of_operator(operator: Any, args: tuple[Any, ...], output: Any) -> int:
     aten = torch.ops.aten
     if operator in (aten.mm, aten.bmm, aten.mv, aten.dot):
-        return output.numel() * args[0].shape[-1]
+        real_products = 4 if output.is_complex() else 1
+        return output.numel() * args[0].shape[-1] * real_products
+    if operator in (aten._fft_r2c, aten._fft_c2r):  # as CirculantLinear.macs_per_signal says
+        signal = args[0] if operator is aten._fft_r2c else output
+        lengths = [signal.shape[dim] for dim in args[1]]
+        return signal.numel() * sum((n - 1).bit_length() for n in lengths)
+    if operator is aten._fft_c2c:  # twice a real one
+        return 2 * output.numel() * sum((output.shape[dim] - 1).bit_length() for dim in args[1])
     if operator in (aten.addmm, aten.baddbmm, aten.addmv):
         return output.numel() * args[1].shape[-1]
     if operator is aten.addbmm:

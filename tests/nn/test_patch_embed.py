@@ -14,7 +14,7 @@ from torch import Tensor
 
 from equiflop import EquiflopWarning, ImageGroup, Rep
 from equiflop.grids import grid_decomposition
-from equiflop.groups import cyclic
+from equiflop.groups import FiniteGroup, Irrep
 from equiflop.nn import GridTransform, PatchEmbed
 from oracles import (
     IMAGE_GROUPS,
@@ -58,26 +58,23 @@ def test_grid_transform_inverse(name: str, height: int, width: int) -> None:
     assert (layer(layer.inverse(x)) - x).abs().max() < 1e-12
 
 
-def numerical_rot4() -> ImageGroup:
-    """The quarter turns with irreps in a basis for which there is no transform by additions."""
-    from equiflop.groups import FiniteGroup, Irrep
-
-    c4 = cyclic(4)
+def turned_octic() -> ImageGroup:
+    """The octic group with E in a basis for which there is no transform by additions."""
+    octic = image_group("octic")
     angle = 0.3
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    irreps = [i if i.dim == 1 else Irrep(i.name, 2, i.type, turn @ i.matrices @ turn.T) for i in c4.irreps]
-    # A rotation commutes with the others; a reflection does not, and makes the basis a really different one.
-    mirror = turn @ np.diag([1.0, -1.0])
-    irreps = [i if i.dim == 1 else Irrep(i.name, 2, i.type, mirror @ i.matrices @ mirror.T) for i in c4.irreps]
-    return ImageGroup(FiniteGroup(c4.table, irreps, "turned C4"), image_group("rot4").matrices)
+    irreps = [i if i.dim == 1 else Irrep(i.name, 2, i.type, turn @ i.matrices @ turn.T) for i in octic.irreps]
+    return ImageGroup(FiniteGroup(octic.table, irreps, "turned D4"), octic.matrices)
 
 
-def test_grid_transform_of_other_bases() -> None:
-    g = numerical_rot4()
-    layer = GridTransform(g, 3, 3, dtype=torch.float64)
-    x = torch.randn(9, 2, dtype=torch.float64)
-    for a in range(4):
-        image = move_tensor("rot4", a, x.mT.unflatten(-1, (3, 3)).contiguous())
+@pytest.mark.parametrize("side", [2, 3, 4])
+def test_grid_transform_of_other_bases(side: int) -> None:
+    g = turned_octic()
+    layer = GridTransform(g, side, side, dtype=torch.float64)
+    assert layer.plan is None and layer.macs_per_channel == side**4
+    x = torch.randn(side * side, 2, dtype=torch.float64)
+    for a in range(8):
+        image = move_tensor("octic", a, x.mT.unflatten(-1, (side, side)).contiguous())
         assert (
             layer(image.flatten(-2).mT).flatten() - tensor_action(2 * layer.rep, a) @ layer(x).flatten()
         ).abs().max() < 1e-12

@@ -115,6 +115,28 @@ def octahedral_rotations() -> np.ndarray:
     return np.stack(matrices)
 
 
+def full_octahedral() -> FiniteGroup:
+    """O_h, all 48 symmetries of a cube: the direct product of its rotations with the inversion ``x -> -x``.
+
+    Element ``2 a + b`` is rotation ``a`` of :func:`octahedral`, followed by the inversion if ``b = 1``. Irreps: those
+    of the rotations, each once with a ``g`` (even: the inversion is +1) and once with a ``u`` (odd: it is -1). ``T1u``
+    is the matrix itself (:func:`full_octahedral_matrices`).
+    """
+    group = direct_product(octahedral(), flop())
+    parity = {"A": "g", "B": "u"}
+    irreps = []
+    for irrep in group.irreps:
+        rotation, sign = irrep.name.split("_")
+        irreps.append(Irrep(rotation + parity[sign], irrep.dim, irrep.type, irrep.matrices))
+    return FiniteGroup(group.table, irreps, name="Oh")
+
+
+def full_octahedral_matrices() -> np.ndarray:
+    """The orthogonal matrices of a cube in the element order of :func:`full_octahedral`, shape ``(48, 3, 3)``."""
+    rotations = octahedral_rotations()
+    return np.stack([rotations, -rotations], axis=1).reshape(48, 3, 3) + 0.0
+
+
 def symmetric(n: int) -> FiniteGroup:
     """S_n, all permutations of ``0 .. n - 1`` in lexicographic order (at most n = 6).
 

@@ -4,7 +4,11 @@ from equiflop.models.entry_points import equivariant_models, plain_twin
 from equiflop.models.equivariant_convnext import EquivariantConvNeXt, EquivariantIsotropicConvNeXt
 from equiflop.models.equivariant_resmlp import EquivariantResMLP
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
+from equiflop.models.graph_network import GraphNetwork, SetNetwork
 from equiflop.models.isotropic_convnext import IsotropicConvNeXt
+from equiflop.models.point_transformer import PlainPointTransformer, PointTransformer
+from equiflop.models.segmentation import Segmenter
+from equiflop.models.signal_network import SignalNetwork
 from equiflop.models.twin import twin, twin_keywords
 
 __all__ = [
@@ -12,7 +16,13 @@ __all__ = [
     "EquivariantIsotropicConvNeXt",
     "EquivariantResMLP",
     "EquivariantVisionTransformer",
+    "GraphNetwork",
     "IsotropicConvNeXt",
+    "PlainPointTransformer",
+    "PointTransformer",
+    "Segmenter",
+    "SetNetwork",
+    "SignalNetwork",
     "equivariant_models",
     "plain_twin",
     "twin",

@@ -4,6 +4,7 @@ from equiflop.nn.activation import FourierActivation
 from equiflop.nn.attention import Attention
 from equiflop.nn.block import Block
 from equiflop.nn.blocks import join, split
+from equiflop.nn.circulant import CirculantLinear
 from equiflop.nn.depthwise import DepthwiseConv
 from equiflop.nn.downsample import Downsample
 from equiflop.nn.dropout import Dropout
@@ -14,6 +15,8 @@ from equiflop.nn.linear import Linear
 from equiflop.nn.mlp import Mlp
 from equiflop.nn.norm import Affine, LayerNorm, LayerScale
 from equiflop.nn.patch_embed import PatchEmbed
+from equiflop.nn.permutation import GraphInvariants, GraphLinear, SetLinear
+from equiflop.nn.point_embed import PointEmbed
 from equiflop.nn.pos_embed import PositionEmbedding, act_on_channels
 from equiflop.nn.spatial import ToSpatial
 from equiflop.nn.token_mixing import TokenMixing
@@ -22,11 +25,14 @@ __all__ = [
     "Affine",
     "Attention",
     "Block",
+    "CirculantLinear",
     "DepthwiseConv",
     "Downsample",
     "Dropout",
     "FixedTensors",
     "FourierActivation",
+    "GraphInvariants",
+    "GraphLinear",
     "GridTransform",
     "Invariants",
     "LayerNorm",
@@ -34,7 +40,9 @@ __all__ = [
     "Linear",
     "Mlp",
     "PatchEmbed",
+    "PointEmbed",
     "PositionEmbedding",
+    "SetLinear",
     "ToSpatial",
     "TokenMixing",
     "act_on_channels",

@@ -66,9 +66,11 @@ class FourierActivation(FixedTensors):
         if self.plan is None:
             rows = x.unflatten(-1, (self.rep.group.order, self.copies))
             return (self.fourier.to(x.dtype) @ self.act(self.fourier.mT.to(x.dtype) @ rows)).flatten(-2)
-        scaled = [block * scale for block, scale in zip(split(x, self.rep), self.irrep_scales, strict=True)]
-        activated = zip(self.forward_blocks(scaled), self.irrep_scales, strict=True)
-        return join([block * scale for block, scale in activated])
+        rows = x.unflatten(-1, (self.rep.group.order, self.copies)).unbind(-2)
+        values = self.plan.synthesise([row * scale for row, scale in zip(rows, self.plan.scale, strict=True)])
+        # One tensor, so that a compiler does not compute every value again for every row of the output.
+        activated = self.plan.analyse(self.act(torch.stack(values)).unbind(0))
+        return torch.cat([row * scale for row, scale in zip(activated, self.plan.scale, strict=True)], dim=-1)
 
     def forward_blocks(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """The same function on a feature that is taken apart: ``(..., d, multiplicity)`` per irrep in and out.
@@ -96,12 +98,7 @@ class FourierActivation(FixedTensors):
             for block, irrep in zip(blocks, self.rep.group.irreps, strict=True)
             for row in block.unflatten(-1, (irrep.regular_multiplicity, self.copies)).flatten(-3, -2).unbind(-2)
         ]
-        values = plan.synthesise(rows)
-        if torch.compiler.is_compiling():  # one output keeps the compiler from computing every value twice
-            activated = list(self.act(torch.stack(values)).unbind(0))
-        else:
-            activated = [self.act(value) for value in values]
-        return plan.analyse(activated)
+        return plan.analyse([self.act(value) for value in plan.synthesise(rows)])
 
     def extra_repr(self) -> str:
         path = "additions" if self.plan is not None else "matrix products"

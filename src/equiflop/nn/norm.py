@@ -43,8 +43,8 @@ class LayerNorm(FixedTensors):
     Shape: ``(..., rep.dim)`` to the same.
     """
 
-    chunk_weight: Tensor
     centred: Tensor
+    entry_weight: Tensor
 
     def __init__(
         self,
@@ -67,9 +67,15 @@ class LayerNorm(FixedTensors):
         self.weighting = weighting
         # The axis is cut into chunks of one length, so that one reduction serves all rows: a row is one or more chunks.
         self.chunk = math.gcd(*rep.multiplicities)
-        self.fix("chunk_weight", self._chunk_weights(), device, dtype)
-        self.fix("centred", self._centred_chunks(), device, dtype)
         self._rows_are_chunks = all(m in (0, self.chunk) for m in rep.multiplicities)
+        centred = self._centred_chunks()
+        self._centres_all = bool(centred.all())
+        if not self._centres_all:
+            self.fix("centred", centred, device, dtype)
+        # Then the centred vector has mean 0 and its variance is sigma^2: torch's fused layer norm does the rest.
+        self._fused = weighting == "entries" and self._centres_all
+        if not self._fused:
+            self.fix("entry_weight", np.repeat(self._chunk_weights() / self.chunk, self.chunk), device, dtype)
         channels = sum(rep.multiplicities)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if affine else None
         has_bias = affine and bias and rep.multiplicities[0] > 0
@@ -88,18 +94,18 @@ class LayerNorm(FixedTensors):
             raise ValueError(f"last axis of the input has length {x.shape[-1]}; {self.rep!r} needs {self.rep.dim}")
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         chunks = wide.unflatten(-1, (-1, self.chunk))
-        variance, mean = torch.var_mean(chunks, dim=-1, correction=0, keepdim=True)
-        centre = self._row_means(mean) * self.centred.to(wide.dtype)[:, None]
-        squares = variance + (mean - centre).square()
-        sigma2 = (squares * self.chunk_weight.to(wide.dtype)[:, None]).sum(dim=-2, keepdim=True)
-        normal = ((chunks - centre) * torch.rsqrt(sigma2 + self.eps)).flatten(-2)
-        if self.weight is not None:
-            weight = per_multiplicity(self.weight, self.rep)
-            if self.bias is None:
-                normal = normal * weight
-            else:
-                bias = F.pad(self.bias, (0, self.rep.dim - len(self.bias)))
-                normal = torch.addcmul(bias.to(normal.dtype), normal, weight.to(normal.dtype))
+        centre = self._row_means(chunks.mean(dim=-1, keepdim=True))
+        if not self._centres_all:
+            centre = centre * self.centred.to(wide.dtype)[:, None]
+        centred = (chunks - centre).flatten(-2)
+        weight = None if self.weight is None else per_multiplicity(self.weight, self.rep).to(wide.dtype)
+        bias = None if self.bias is None else F.pad(self.bias, (0, self.rep.dim - len(self.bias))).to(wide.dtype)
+        if self._fused:
+            return F.layer_norm(centred, (self.rep.dim,), weight, bias, self.eps).to(x.dtype)
+        sigma2 = (centred.square() * self.entry_weight.to(wide.dtype)).sum(dim=-1, keepdim=True)
+        normal = centred * torch.rsqrt(sigma2 + self.eps)
+        if weight is not None:
+            normal = normal * weight if bias is None else torch.addcmul(bias, normal, weight)
         return normal.to(x.dtype)
 
     def _row_means(self, mean: Tensor) -> Tensor:

@@ -1,0 +1,228 @@
+"""Dense prediction: class logits per pixel that move with the image."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from equiflop.grids import ImageGroup
+from equiflop.groups import Rep
+from equiflop.models.equivariant_vit import EquivariantVisionTransformer
+from equiflop.nn import Dropout, GridTransform, Linear, Mlp
+
+#: ``pixels``: a logit for every pixel; ``tokens``: one for every patch.
+Resolution = Literal["pixels", "tokens"]
+
+
+class PatchDecoder(nn.Module):
+    """Tokens to a map: the transpose of :class:`equiflop.nn.PatchEmbed`.
+
+    An equivariant linear map takes every token to ``channels`` copies of the pixels of a patch, written in irreps; the
+    transform back to pixels is made of additions for the named groups. So it costs the block-diagonal share of the MACs
+    of a dense map to all pixels: half for the mirror group.
+
+    Args:
+        rep: type of the tokens.
+        group: the group that acts on the image.
+        patch_size: height and width of a patch in pixels; (1, 1) for a map of one value per token.
+        channels: channels of the map; the group leaves them as they are.
+        bias: whether to add a bias on the trivial irrep.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: if ``channels`` is not positive, or the group does not act on a patch of this shape.
+
+    Shape: ``(B, rows, columns, rep.dim)`` to ``(B, channels, rows * p, columns * p)``.
+
+    Source: the decoder of octic ViTs, arXiv 2505.15441, here for any image group and patch size.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        group: ImageGroup,
+        patch_size: int | tuple[int, int],
+        channels: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels={channels} is not positive")
+        self.patch_size: tuple[int, int] = to_2tuple(patch_size)
+        self.channels = channels
+        self.transform = GridTransform(group, *self.patch_size, device=device, dtype=dtype)
+        self.proj = Linear(rep, channels * self.transform.rep, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights truncated normal 0.02, bias 0, as heads in timm."""
+        for _, weight in self.proj.weights():
+            nn.init.trunc_normal_(weight, std=0.02)
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
+
+    @property
+    def macs_per_token(self) -> int:
+        """MACs of the transform for one token, without the linear map: 0 where it is made of additions."""
+        return self.channels * self.transform.macs_per_channel
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.proj(x).unflatten(-1, (-1, self.channels))  # B, rows, columns, pixels in irreps, channels
+        patches = self.transform.inverse(pixels).unflatten(-2, self.patch_size)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels} channels, patches of {self.patch_size[0]}x{self.patch_size[1]}"
+
+
+class Segmenter(nn.Module):
+    """An E(ViT) with a head that gives class logits per pixel or per token.
+
+    Move the image by an element of the group, and the logits move along. The head reads the patch tokens behind the
+    backbone's final norm. Class and register tokens act through attention alone. As in timm, ``drop_rate`` of the
+    backbone is the dropout before the head.
+
+    Args:
+        backbone: every block equivariant. It becomes a part of this module and loses its classifier.
+        num_classes: channels of the output.
+        resolution: ``"pixels"``, or ``"tokens"`` for one logit per patch and class.
+        mlp_ratio: if not 0, a residual MLP comes before the head, its hidden width ``mlp_ratio`` times ``embed_dim``.
+
+    Raises:
+        TypeError: if the backbone is another network.
+        ValueError: if the backbone has blocks that are not equivariant or drops patches, ``num_classes`` is not
+            positive, ``resolution`` is unknown, or the width of the MLP does not fit the group.
+
+    Shape: ``(B, in_chans, H, W)`` to ``(B, num_classes, H, W)`` or ``(B, num_classes, H / p, W / p)``.
+
+    >>> from equiflop.models import EquivariantVisionTransformer
+    >>> backbone = EquivariantVisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    >>> Segmenter(backbone, num_classes=5)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 5, 32, 32])
+    """
+
+    def __init__(
+        self,
+        backbone: EquivariantVisionTransformer,
+        num_classes: int,
+        *,
+        resolution: Resolution = "pixels",
+        mlp_ratio: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_backbone(backbone)
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes} is not positive; a segmenter needs at least one class")
+        if resolution not in get_args(Resolution):
+            raise ValueError(f"resolution={resolution!r} is unknown; choose from {', '.join(get_args(Resolution))}")
+        if mlp_ratio < 0:
+            raise ValueError(f"mlp_ratio={mlp_ratio} is negative; use 0 for no MLP")
+        backbone.reset_classifier(0)
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.resolution = resolution
+        self.output_rep = Rep.trivial(backbone.group, num_classes)  # read by equiflop.check
+        weight = next(backbone.parameters())
+        dd: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.mlp: Mlp | None = None
+        if mlp_ratio:
+            hidden = Rep.regular_of_dim(self.group, int(mlp_ratio * self.rep.dim), "mlp_ratio * embed_dim")
+            self.mlp = Mlp(self.rep, hidden, **dd)
+        self.drop = Dropout(self.rep, backbone.head_drop.p)
+        patch_size = backbone.patch_embed.patch_size if resolution == "pixels" else (1, 1)
+        self.head = PatchDecoder(self.rep, self.group, patch_size, num_classes, **dd)
+        self._init_mlp()
+
+    @property
+    def group(self) -> ImageGroup:
+        """The group whose action the output follows."""
+        return self.backbone.group
+
+    @property
+    def rep(self) -> Rep:
+        """Type of the tokens that the head reads."""
+        return self.backbone.rep
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the image."""
+        return self.backbone.patch_embed.in_chans
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return self.backbone.patch_embed.img_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of class and register tokens."""
+        return self.backbone.num_prefix_tokens
+
+    def feature_rep(self, block: int) -> Rep | None:
+        """Type of the backbone's features after block ``block``."""
+        return self.backbone.feature_rep(block)
+
+    def init_weights(self) -> None:
+        """Initialise backbone and head anew."""
+        self.backbone.init_weights()
+        self.head.reset_parameters()
+        self._init_mlp()
+
+    def _init_mlp(self) -> None:
+        if self.mlp is not None:
+            for linear in (self.mlp.fc1, self.mlp.fc2):
+                for _, weight in linear.weights():
+                    nn.init.trunc_normal_(weight, std=0.02)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Accept images of another size from now on; see the backbone's method of this name."""
+        self.backbone.set_input_size(img_size)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether to compute the backbone's activations again on the way back instead of keeping them."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, **options: Any) -> Any:
+        """Features after the backbone's blocks; see timm."""
+        return self.backbone.forward_intermediates(x, indices, **options)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised patch tokens, ``(B, in_chans, H, W)`` to ``(B, H / p, W / p, embed_dim)``."""
+        grid = self.backbone.patch_embed.dynamic_feat_size(x.shape[-2:])
+        tokens = self.backbone.fc_norm(self.backbone.forward_features(x))  # one of the two norms is an identity
+        return tokens[:, self.num_prefix_tokens :].unflatten(1, grid)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Patch tokens to logits, ``(B, H / p, W / p, embed_dim)`` to ``(B, num_classes, H, W)`` or one per token."""
+        if self.mlp is not None:
+            x = x + self.mlp(x)
+        return self.head(self.drop(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _check_backbone(backbone: object) -> None:
+    if not isinstance(backbone, EquivariantVisionTransformer):
+        raise TypeError(f"backbone={type(backbone).__name__} is no EquivariantVisionTransformer, which Segmenter needs")
+    if backbone.design != "equivariant":
+        raise ValueError(
+            f"backbone has design={backbone.design!r}, whose last blocks are not equivariant; use design='equivariant'"
+        )
+    if not isinstance(backbone.patch_drop, nn.Identity):
+        raise ValueError(
+            f"backbone has patch_drop_rate={backbone.patch_drop.prob}, but a map needs every patch; use 0.0"
+        )

@@ -1,0 +1,102 @@
+"""A network of periodic signals whose output does not change under cyclic shifts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from equiflop.nn.circulant import CirculantLinear
+
+
+class SignalBlock(nn.Module):
+    """Pre-norm residual block: layer norm over channels, circular convolution, GELU, channels mixed pointwise.
+
+    Every step commutes with cyclic shifts: the convolution by construction, the others since they do the same at every
+    position.
+
+    Args:
+        n: length of the period.
+        width: channels.
+        dropout: probability to drop a value of the branch.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape: ``(..., n, width)`` to the same.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        width: int,
+        *,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
+        self.shift = CirculantLinear(n, width, width, device=device, dtype=dtype)
+        self.act = nn.GELU()
+        self.drop = nn.Dropout(dropout)
+        self.proj = nn.Linear(width, width, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj(self.drop(self.act(self.shift(self.norm(x)))))
+
+
+class SignalNetwork(nn.Module):
+    """Classifier of periodic signals, invariant to cyclic shifts: blocks, mean over positions, linear head.
+
+    Args:
+        n: length of the period.
+        in_channels: channels of the signal.
+        num_classes: outputs.
+        width: channels inside.
+        depth: number of blocks.
+        dropout: probability to drop a value inside a block.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: if ``depth`` is negative, another number is not positive, or the input does not have its shape.
+
+    Shape: ``(B, n, in_channels)`` to ``(B, num_classes)``.
+
+    >>> network = SignalNetwork(12, 3, 10, width=8, depth=2)
+    >>> network(torch.zeros(5, 12, 3)).shape
+    torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        n: int,
+        in_channels: int,
+        num_classes: int,
+        *,
+        width: int = 32,
+        depth: int = 3,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if depth < 0 or min(width, num_classes) < 1:
+            raise ValueError(
+                f"depth={depth}, width={width}, num_classes={num_classes}: depth must be at least 0, the others 1"
+            )
+        self.embed = CirculantLinear(n, in_channels, width, device=device, dtype=dtype)
+        self.blocks = nn.ModuleList(
+            SignalBlock(n, width, dropout=dropout, device=device, dtype=dtype) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
+        self.head = nn.Linear(width, num_classes, device=device, dtype=dtype)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Features that move with the signal, ``(B, n, width)``."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.forward_features(x).mean(dim=-2))
