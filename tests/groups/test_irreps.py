@@ -19,7 +19,7 @@ ALGEBRA = {"real": 1, "complex": 2, "quaternionic": 4}
 
 ORDERS = {
     "C1": 1, "C2": 2, "C2xC2": 4, "C3": 3, "C4": 4, "C6": 6, "C8": 8, "D1": 2, "D2": 4, "D3": 6, "D4": 8, "D6": 12,
-    "A4": 12, "S4": 24, "O": 24, "Q8": 8, "S5": 120, "C3xC4": 12, "Q8xC3": 24, "Q8xQ8": 64, "D4xC2": 16,
+    "A4": 12, "S4": 24, "O": 24, "Oh": 48, "Q8": 8, "S5": 120, "C3xC4": 12, "Q8xC3": 24, "Q8xQ8": 64, "D4xC2": 16,
 }  # fmt: skip
 
 # (dimension, type) of the real irreps, from the character tables in the literature.
@@ -39,6 +39,7 @@ IRREPS = {
     "A4": {(1, "real"): 1, (2, "complex"): 1, (3, "real"): 1},
     "S4": {(1, "real"): 2, (2, "real"): 1, (3, "real"): 2},
     "O": {(1, "real"): 2, (2, "real"): 1, (3, "real"): 2},
+    "Oh": {(1, "real"): 4, (2, "real"): 2, (3, "real"): 4},
     "Q8": {(1, "real"): 4, (4, "quaternionic"): 1},
     "S5": {(1, "real"): 2, (4, "real"): 2, (5, "real"): 2, (6, "real"): 1},
     "C3xC4": {(1, "real"): 2, (2, "complex"): 5},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from equiflop.models.image_size import check_image_size
 from equiflop.nn import (
     Affine,
     FixedTensors,
-    FourierActivation,
     GridTransform,
     Invariants,
     LayerScale,
@@ -25,6 +25,8 @@ from equiflop.nn import (
     Mlp,
     PatchEmbed,
     TokenMixing,
+    join,
+    split,
 )
 from equiflop.nn.invariants import InvariantKind
 
@@ -69,12 +71,19 @@ class MatchedBias(FixedTensors):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return join(self.forward_blocks(split(x, self.rep)))
+
+    def forward_blocks(self, blocks: Sequence[Tensor], scales: Sequence[float] | None = None) -> list[Tensor]:
+        """The same on a feature that is taken apart, the bias multiplied with a factor per irrep."""
         biases = self.bias.split(self.rep.multiplicities)
-        parts = [field[:, None] * bias for field, bias in zip(self.fields.to(x.dtype).unbind(1), biases, strict=True)]
-        return x + torch.cat(parts, dim=1)
+        fields = self.fields.to(blocks[0].dtype).unbind(1)
+        return [
+            torch.addcmul(block, field[:, None, None], bias.to(block.dtype), value=scale)
+            for block, field, bias, scale in zip(blocks, fields, biases, scales or [1.0] * len(blocks), strict=True)
+        ]
 
 
-class PublishedChannelMlp(nn.Module):
+class PublishedChannelMlp(Mlp):
     """The MLP across channels as in the published E(ResMLP): matched biases and the sigmoid form of GELU.
 
     Args:
@@ -82,6 +91,8 @@ class PublishedChannelMlp(nn.Module):
         hidden_rep: type of the hidden channels; a multiple of the regular representation.
         group: the group that acts on the grid.
         grid_size: rows and columns of the token grid.
+        act: the pointwise function, by default the sigmoid form of GELU.
+        drop: dropout after the activation and after the output.
         device: where the parameters are made.
         dtype: dtype of the parameters.
 
@@ -100,19 +111,18 @@ class PublishedChannelMlp(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1 = Linear(rep, hidden_rep, bias=False, **dd)
+        super().__init__(rep, hidden_rep, act=QuickGELU() if act is None else act, bias=False, drop=drop, **dd)
         self.bias1 = MatchedBias(hidden_rep, group, grid_size, **dd)
-        self.act = FourierActivation(hidden_rep, QuickGELU() if act is None else act, **dd)
-        self.drop1 = nn.Dropout(drop)
-        self.fc2 = Linear(hidden_rep, rep, bias=False, **dd)
         self.bias2 = MatchedBias(rep, group, grid_size, **dd)
-        self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.act(self.bias1(self.fc1(x))))
-        return self.drop2(self.bias2(self.fc2(x)))
+        scales = self.act.irrep_scales
+        blocks = self.fc1.forward_blocks(split(x, self.rep), output_scales=scales)
+        blocks = self.act.forward_blocks(self.bias1.forward_blocks(blocks, scales))
+        if self.training and self.drop1.p:
+            blocks = split(self.drop1(join(blocks)), self.fc1.out_rep)
+        return self.drop2(join(self.bias2.forward_blocks(self.fc2.forward_blocks(blocks, input_scales=scales))))
 
 
 class EquivariantResBlock(nn.Module):
@@ -197,9 +207,9 @@ class PublishedHeadInvariants(Invariants):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        super().__init__(rep, kind)
         if kind not in ("trivial", "norm"):
             raise ValueError(f"invariants={kind!r} is not one of E(ResMLP) of group 'flop'; choose 'trivial' or 'norm'")
-        super().__init__(rep, kind)
         self.transform = GridTransform(group, *grid_size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
