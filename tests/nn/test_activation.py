@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from equiflop import Rep
 from equiflop.groups import flop
@@ -89,3 +91,25 @@ def test_needs_a_multiple_of_the_regular_representation() -> None:
             FourierActivation(Rep(flop(), counts))
     with pytest.raises(ValueError, match="D4"):
         FourierActivation(Rep(group("D4"), (2, 2, 2, 2, 2)))
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), torch.tanh])
+@pytest.mark.parametrize("name", ["C1", "C2", "C2xC2", "C3", "C4", "D4", "Q8"])
+def test_overwriting_gives_the_same_and_only_when_allowed(name: str, act: Any) -> None:
+    rep = Rep.regular(group(name), 3)
+    layer = FourierActivation(rep, act, dtype=torch.float64)
+    x = torch.randn(5, rep.dim, dtype=torch.float64)
+
+    def blocks() -> list[Tensor]:
+        return [block.clone() for block in split(x, rep)]
+
+    expected = layer.forward_blocks(blocks())
+    with torch.no_grad():
+        kept, given = blocks(), blocks()
+        for found in (layer.forward_blocks(kept), layer.forward_blocks(given, overwrite=True)):
+            assert all((a - b).abs().max() < 1e-13 for a, b in zip(found, expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(kept, blocks(), strict=True))
+    with_gradients = [block.requires_grad_() for block in blocks()]
+    found = layer.forward_blocks(with_gradients, overwrite=True)
+    assert all(torch.equal(a, b) for a, b in zip(with_gradients, blocks(), strict=True))
+    assert all((a - b).abs().max() < 1e-13 for a, b in zip(found, expected, strict=True))

@@ -6,6 +6,7 @@ In the spatial domain one copy of the regular representation is a function on th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,15 +63,30 @@ class FourierPlan:
             rows = [_signed_sum(rows, terms) for terms in stage]
         return rows
 
+    def analyse_(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Like :meth:`analyse`, but empties the list and overwrites its tensors, to hold less memory."""
+        rows = [values[i] for i in self.order]
+        values.clear()
+        for stage in self.stages:
+            rows = _butterflies_(rows, stage)
+        return rows
+
+    def synthesise_(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Like :meth:`synthesise`, but empties the list and overwrites its tensors, to hold less memory."""
+        current = list(rows)
+        rows.clear()
+        for stage in reversed(self.stages):
+            current = _butterflies_(current, _transposed(stage))
+        return self._in_group_order(current)
+
     def synthesise(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Isotypic to spatial domain of rows that already carry ``scale``; the transpose of :meth:`analyse`."""
         current = list(rows)
         for stage in reversed(self.stages):
-            transposed: list[list[Term]] = [[] for _ in stage]
-            for row, terms in enumerate(stage):
-                for i, sign in terms:
-                    transposed[i].append((row, sign))
-            current = [_signed_sum(current, terms) for terms in transposed]
+            current = [_signed_sum(current, terms) for terms in _transposed(stage)]
+        return self._in_group_order(current)
+
+    def _in_group_order(self, current: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         values: list[torch.Tensor] = [current[0]] * len(current)
         for place, i in enumerate(self.order):
             values[i] = current[place]
@@ -88,6 +104,33 @@ def fourier_plan(group: FiniteGroup) -> FourierPlan | None:
     rows = [irrep.dim * irrep.regular_multiplicity for irrep in group.irreps]
     by_row = np.repeat(plan.irrep_scales(group), rows)
     return plan if np.array_equal(by_row, plan.scale) else None
+
+
+def _transposed(stage: Sequence[Sequence[Term]]) -> list[list[Term]]:
+    transposed: list[list[Term]] = [[] for _ in stage]
+    for row, terms in enumerate(stage):
+        for i, sign in terms:
+            transposed[i].append((row, sign))
+    return transposed
+
+
+def _butterflies_(inputs: Sequence[torch.Tensor], rows: Sequence[Sequence[Term]]) -> list[torch.Tensor]:
+    """The signed sums of all rows; where two rows take the same two inputs, the second overwrites one of them."""
+    outputs: list[torch.Tensor | None] = [None] * len(rows)
+    partner: dict[frozenset[int], int] = {}
+    uses = Counter(i for terms in rows for i, _ in terms)
+    for row, terms in enumerate(rows):
+        pair = frozenset(i for i, _ in terms)
+        (first, sign), *rest = sorted(terms, key=lambda term: -term[1])
+        only_here = len(rest) == 1 and sign > 0 and all(uses[i] == 2 for i in pair)
+        if only_here and pair in partner:
+            other, other_sign = rest[0]
+            outputs[row] = inputs[first].add_(inputs[other], alpha=other_sign)
+        else:
+            outputs[row] = _signed_sum(inputs, terms)
+            if only_here:
+                partner[pair] = row
+    return [output for output in outputs if output is not None]
 
 
 def _signed_sum(inputs: Sequence[torch.Tensor], terms: Sequence[Term]) -> torch.Tensor:

@@ -72,15 +72,19 @@ class FourierActivation(FixedTensors):
         activated = self.plan.analyse(self.act(torch.stack(values)).unbind(0))
         return torch.cat([row * scale for row, scale in zip(activated, self.plan.scale, strict=True)], dim=-1)
 
-    def forward_blocks(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+    def forward_blocks(self, blocks: Sequence[Tensor], overwrite: bool = False) -> list[Tensor]:
         """The same function on a feature that is taken apart: ``(..., d, multiplicity)`` per irrep in and out.
 
         Without the factors ``irrep_scales``, with which input and output are to be multiplied: the linear maps before
         and behind do that for free.
+
+        Args:
+            blocks: one tensor per irrep.
+            overwrite: whether the blocks may be overwritten, which saves memory where there are no gradients.
         """
         if self.plan is None:
             return split(self.forward(join(blocks)), self.rep)
-        rows = iter(self._activate(blocks, self.plan))
+        rows = iter(self._activate(blocks, self.plan, overwrite))
         outputs = []
         for irrep in self.rep.group.irreps:
             count = irrep.dim * irrep.regular_multiplicity
@@ -91,14 +95,22 @@ class FourierActivation(FixedTensors):
                 outputs.append(stacked.unflatten(-2, (irrep.dim, -1)).flatten(-2))
         return outputs
 
-    def _activate(self, blocks: Sequence[Tensor], plan: FourierPlan) -> list[Tensor]:
+    def _activate(self, blocks: Sequence[Tensor], plan: FourierPlan, overwrite: bool) -> list[Tensor]:
         """Rows of the transform, each ``(..., copies)``, of the activated feature; no scales."""
         rows = [
             row
             for block, irrep in zip(blocks, self.rep.group.irreps, strict=True)
             for row in block.unflatten(-1, (irrep.regular_multiplicity, self.copies)).flatten(-3, -2).unbind(-2)
         ]
-        return plan.analyse([self.act(value) for value in plan.synthesise(rows)])
+        if not overwrite or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return plan.analyse([self.act(value) for value in plan.synthesise(rows)])
+        values = plan.synthesise_(rows)
+        for i, value in enumerate(values):
+            if type(self.act) is nn.GELU:
+                torch.ops.aten.gelu_(value, approximate=self.act.approximate)
+            else:
+                values[i] = self.act(value)
+        return plan.analyse_(values)
 
     def extra_repr(self) -> str:
         path = "additions" if self.plan is not None else "matrix products"

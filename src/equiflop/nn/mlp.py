@@ -53,7 +53,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scales = self.act.irrep_scales
-        blocks = self.act.forward_blocks(self.fc1.forward_blocks(split(x, self.rep), output_scales=scales))
+        blocks = self.act.forward_blocks(
+            self.fc1.forward_blocks(split(x, self.rep), output_scales=scales), overwrite=True
+        )
         if self.training and self.drop1.p:
             blocks = split(self.drop1(join(blocks)), self.fc1.out_rep)
         return self.drop2(join(self.fc2.forward_blocks(blocks, input_scales=scales)))
