@@ -7,16 +7,64 @@ import copy
 import torch
 from torch import nn
 
+from equiflop.nn import Block, LayerNorm, LayerScale
+from equiflop.nn.attention import Attention
+from equiflop.nn.linear import Linear
+from equiflop.nn.mlp import Mlp
+
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
     """A compiled copy of a network for inference on fixed weights.
+
+    In the transformer blocks of ours layer scales, and scale and bias of the layer norms, move into the linear maps;
+    then the copy is compiled by ``torch.compile`` with its parameters as constants. A plain network is compiled alone.
 
     Args:
         model: any network of ours or of timm; it is not changed, nor is its state dict.
 
     Returns:
-        a module with the same outputs (to rounding), in evaluation mode, without gradients.
+        a module with the same outputs (to rounding), in evaluation mode, without gradients. Its state dict is another.
     """
     fixed = copy.deepcopy(getattr(model, "_orig_mod", model)).eval().requires_grad_(False)
+    for module in fixed.modules():
+        if isinstance(module, Block):
+            fold_constants(module)
     compiled: nn.Module = torch.compile(fixed, options={"freezing": True})  # type: ignore[assignment]
     return compiled
+
+
+@torch.no_grad()
+def fold_constants(block: Block) -> None:
+    """Move layer scales and affine parts of layer norms into the linear maps beside them; the function stays."""
+    for norm, branch, name in ((block.norm1, block.attn, "ls1"), (block.norm2, block.mlp, "ls2")):
+        scale = getattr(block, name)
+        assert isinstance(branch, (Attention, Mlp))
+        first, last = (branch.qkv, branch.proj) if isinstance(branch, Attention) else (branch.fc1, branch.fc2)
+        if isinstance(scale, LayerScale):
+            _scale_outputs(last, scale)
+            setattr(block, name, nn.Identity())
+        if norm.weight is not None and (norm.bias is None or first.bias is not None):
+            _absorb_affine(first, norm)
+
+
+def _scale_outputs(linear: Linear, scale: LayerScale) -> None:
+    gains = dict(zip((irrep.name for irrep in scale.rep.group.irreps), _split(scale.gamma, scale), strict=True))
+    for irrep, weight in linear.weights():
+        weight.mul_(gains[irrep.name].repeat(irrep.endomorphism_dim)[:, None])
+    if linear.bias is not None:
+        linear.bias.mul_(_split(scale.gamma, scale)[0])
+
+
+def _absorb_affine(linear: Linear, norm: LayerNorm) -> None:
+    assert norm.weight is not None
+    gains = dict(zip((irrep.name for irrep in norm.rep.group.irreps), _split(norm.weight, norm), strict=True))
+    if norm.bias is not None and linear.bias is not None:
+        trivial = linear.weights()[0][1]
+        linear.bias.add_(trivial @ norm.bias)
+    for irrep, weight in linear.weights():
+        weight.mul_(gains[irrep.name])
+    norm.weight = norm.bias = None
+
+
+def _split(values: torch.Tensor, module: LayerNorm | LayerScale) -> tuple[torch.Tensor, ...]:
+    return values.split(module.rep.multiplicities)

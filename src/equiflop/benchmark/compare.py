@@ -72,7 +72,7 @@ class Entry:
         latency: seconds per step.
         throughput: images per second.
         speedup: over the plain twin, the median over rounds of the ratio within a round; 1 for the twin itself.
-        peak_bytes: most memory held during a step, beyond parameters; None if not measured.
+        peak_bytes: most memory held during a step beside the parameters, gradients included; None if not measured.
         fractions: where the time goes; None if not measured.
     """
 
@@ -238,8 +238,8 @@ def _call(network: _Network, images: Tensor, step: Step, mode: Mode) -> Callable
     loss_of: Callable[[Tensor], Tensor] = torch.compile(model) if mode == "compile" else model
 
     def train() -> None:
-        optimizer.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(loss_of(images).float(), labels).backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # last, so that the step's memory includes its gradients
 
     return train
