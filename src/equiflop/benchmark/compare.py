@@ -189,7 +189,7 @@ def _measure(
 ) -> list[Entry]:
     torch._dynamo.reset()
     images = torch.randn(batch_size, 3, *config.image_size, device=device, dtype=DTYPES[config.dtype])
-    calls = {network.name: _call(network, images, step, mode) for network in networks}
+    calls = {network.name: _call(network, images, step, mode, config.fraction) for network in networks}
     times = time_in_turns(calls, config.rounds, config.seconds, device, progress, warm_up=2)
     plain = times[networks[min(1, len(networks) - 1)].name]
     entries = []
@@ -218,14 +218,24 @@ def _fractions(calls: Mapping[str, Callable[[], object]], network: _Network, ima
     return split_time(calls[network.name], _call(network, images, step, "eager"))
 
 
-def _call(network: _Network, images: Tensor, step: Step, mode: Mode) -> Callable[[], object]:
+def _compiled(model: nn.Module, name_kernels: bool) -> Callable[[Tensor], Tensor]:
+    """With ``name_kernels`` a profiler sees the compiler's own loops (CPU)."""
+    compiled: Callable[[Tensor], Tensor] = torch.compile(
+        model, options={"cpp.enable_kernel_profile": True} if name_kernels else None
+    )
+    return compiled
+
+
+def _call(
+    network: _Network, images: Tensor, step: Step, mode: Mode, name_kernels: bool = False
+) -> Callable[[], object]:
     """A function that makes one step."""
     model: nn.Module = MirrorAveraged(network.model) if network.views == 2 else network.model
     if step == "forward":
         model = model.eval()
         if mode == "optimized":
             model = optimize_for_inference(model)
-        run: Callable[[Tensor], Tensor] = torch.compile(model) if mode == "compile" else model
+        run: Callable[[Tensor], Tensor] = _compiled(model, name_kernels) if mode == "compile" else model
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -235,7 +245,7 @@ def _call(network: _Network, images: Tensor, step: Step, mode: Mode) -> Callable
     model = model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    loss_of: Callable[[Tensor], Tensor] = torch.compile(model) if mode == "compile" else model
+    loss_of: Callable[[Tensor], Tensor] = _compiled(model, name_kernels) if mode == "compile" else model
 
     def train() -> None:
         nn.functional.cross_entropy(loss_of(images).float(), labels).backward()
