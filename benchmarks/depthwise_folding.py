@@ -19,13 +19,14 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from equiflop.benchmark.timing import time_in_turns
 
 SIDE = 7
 REACH = SIDE // 2
@@ -88,15 +89,7 @@ def folded_unrolled(x: Tensor, half: Tensor) -> Tensor:
 
 def median_times(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each way, measured in turns after two warm-up calls."""
-    for way in ways.values():
-        way()
-        way()
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - start)
+    times = time_in_turns(ways, rounds, 0.0, torch.device("cpu"), warm_up=2)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

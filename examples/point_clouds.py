@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from equiflop import macs
 from equiflop.groups import octahedral_rotations
 from equiflop.models.point_transformer import PlainPointTransformer, PointTransformer
+from equiflop.training.checkpoint import write_atomically
 
 Sampler = Callable[[np.random.Generator, int], np.ndarray]
 
@@ -310,10 +310,7 @@ def write_json(path: Path, update: dict[str, Any]) -> None:
     result = json.loads(path.read_text()) if path.exists() else {}
     for part, entries in update.items():
         result[part] = {**result.get(part, {}), **entries}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
 
 
 def parse() -> argparse.Namespace:

@@ -34,6 +34,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from equiflop import macs
+from equiflop.benchmark.timing import time_in_turns
 from equiflop.models.signal_network import SignalNetwork
 from equiflop.nn.circulant import CirculantLinear
 from equiflop.training.checkpoint import write_atomically
@@ -168,14 +169,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 def median_seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each way, measured in turns after one warm-up call."""
-    for way in ways.values():
-        way()
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - start)
+    times = time_in_turns(ways, rounds, 0.0, torch.device("cpu"), warm_up=1)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
