@@ -16,8 +16,9 @@ from equiflop.nn.mlp import Mlp
 def optimize_for_inference(model: nn.Module) -> nn.Module:
     """A compiled copy of a network for inference on fixed weights.
 
-    In the transformer blocks of ours layer scales, and scale and bias of the layer norms, move into the linear maps;
-    then the copy is compiled by ``torch.compile`` with its parameters as constants. A plain network is compiled alone.
+    In the transformer blocks of ours layer scales, scale and bias of the layer norms, and factors of the Fourier
+    transforms move into the linear maps; then the copy is compiled by ``torch.compile`` with its parameters as
+    constants. A plain network is compiled alone.
 
     Args:
         model: any network of ours or of timm; it is not changed, nor is its state dict.
@@ -45,6 +46,8 @@ def fold_constants(block: Block) -> None:
             setattr(block, name, nn.Identity())
         if norm.weight is not None and (norm.bias is None or first.bias is not None):
             _absorb_affine(first, norm)
+    assert isinstance(block.mlp, Mlp)
+    _absorb_irrep_scales(block.mlp)
 
 
 def _scale_outputs(linear: Linear, scale: LayerScale) -> None:
@@ -64,6 +67,17 @@ def _absorb_affine(linear: Linear, norm: LayerNorm) -> None:
     for irrep, weight in linear.weights():
         weight.mul_(gains[irrep.name])
     norm.weight = norm.bias = None
+
+
+def _absorb_irrep_scales(mlp: Mlp) -> None:
+    """The factors of the Fourier transforms go into the weights, so that the products are plain ones."""
+    for linear in (mlp.fc1, mlp.fc2):
+        scales = dict(zip(linear.in_rep.group.irreps, mlp.act.irrep_scales, strict=True))
+        for irrep, weight in linear.weights():
+            weight.mul_(scales[irrep])
+    if mlp.fc1.bias is not None:
+        mlp.fc1.bias.mul_(mlp.act.irrep_scales[0])
+    mlp.act.irrep_scales = (1.0,) * len(mlp.act.irrep_scales)
 
 
 def _split(values: torch.Tensor, module: LayerNorm | LayerScale) -> tuple[torch.Tensor, ...]:

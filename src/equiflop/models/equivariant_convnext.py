@@ -66,7 +66,9 @@ class EquivariantConvNeXtBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.ls(self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1))))
+        # Three axes: with four, Inductor takes positions times channels for an image and reorders its axes.
+        branch = self.conv_dw(x).permute(0, 2, 3, 1).flatten(1, 2)
+        branch = self.ls(self.mlp(self.norm(branch))).unflatten(1, x.shape[-2:])
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
 
 

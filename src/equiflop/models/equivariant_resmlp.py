@@ -116,7 +116,7 @@ class PublishedChannelMlp(Mlp):
         self.bias1 = MatchedBias(hidden_rep, group, grid_size, **dd)
         self.bias2 = MatchedBias(rep, group, grid_size, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         scales = self.act.irrep_scales
         blocks = self.fc1.forward_blocks(split(x, self.rep), output_scales=scales)
         blocks = self.act.forward_blocks(self.bias1.forward_blocks(blocks, scales), overwrite=True)

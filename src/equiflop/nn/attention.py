@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from equiflop.groups import Rep
 from equiflop.nn.blocks import join, split
@@ -66,8 +67,15 @@ class Attention(nn.Module):
         q, k, v = self._to_heads(self.qkv.forward_blocks(split(x, self.rep)))
         dropout = self.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
-        blocks = self.proj.forward_blocks(self._from_heads(x))
-        return self.proj_drop(join(blocks))
+        # Backward, heads are taken apart once more instead of being kept in both forms.
+        if torch.is_grad_enabled() and x.requires_grad and not _traced_otherwise():
+            x = checkpoint(self._project, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = self._project(x)
+        return self.proj_drop(x)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return join(self.proj.forward_blocks(self._from_heads(x)))
 
     def _to_heads(self, blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Per irrep ``(B, N, d, 3 m)`` to queries, keys and values, each ``(B, heads, N, rep.dim / heads)``."""
@@ -84,3 +92,8 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.rep}, num_heads={self.num_heads}"
+
+
+def _traced_otherwise() -> bool:
+    """Whether an export or a transform of torch.func is at work, which know nothing of recomputing."""
+    return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()

@@ -6,12 +6,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from equiflop.groups import Rep
 from equiflop.nn.activation import FourierActivation
 from equiflop.nn.blocks import join, split
 from equiflop.nn.dropout import Dropout
 from equiflop.nn.linear import Linear
+
+#: Without gradients a CPU computes hidden features in parts of the batch of about this many bytes, which stay in its
+#: caches and, unlike larger ones, are not given back to the system after every layer.
+_HIDDEN_BYTES = 5_000_000
 
 
 class Mlp(nn.Module):
@@ -52,6 +57,21 @@ class Mlp(nn.Module):
         self.drop2 = Dropout(rep, drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        count = self._parts(x)
+        if count == 1:
+            return self._forward(x)
+        return torch.cat([self._forward(part) for part in x.tensor_split(count)])
+
+    def _parts(self, x: Tensor) -> int:
+        """Into how many parts the batch is cut; 1 where its size is a symbol."""
+        if torch.is_grad_enabled() or self.training or x.device.type != "cpu" or torch.compiler.is_exporting():
+            return 1
+        if torch.compiler.is_compiling() and not _is_constant(x.shape[0]):
+            return 1
+        hidden_bytes = x.numel() // self.rep.dim * self.fc1.out_rep.dim * x.element_size()
+        return max(1, min(x.shape[0], -(-hidden_bytes // _HIDDEN_BYTES)))
+
+    def _forward(self, x: Tensor) -> Tensor:
         scales = self.act.irrep_scales
         blocks = self.act.forward_blocks(
             self.fc1.forward_blocks(split(x, self.rep), output_scales=scales), overwrite=True
@@ -59,3 +79,9 @@ class Mlp(nn.Module):
         if self.training and self.drop1.p:
             blocks = split(self.drop1(join(blocks)), self.fc1.out_rep)
         return self.drop2(join(self.fc2.forward_blocks(blocks, input_scales=scales)))
+
+
+def _is_constant(size: int) -> bool:
+    """Whether a compiler takes a size for a number, not a symbol: then it knows its bounds and its parity."""
+    odd = statically_known_true(size % 2 == 1)
+    return statically_known_true(size < 2**31) and (odd or statically_known_true(size % 2 == 0))
