@@ -50,7 +50,13 @@ def trained(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_train_writes_what_it_promises(trained: Path) -> None:
-    assert {path.name for path in trained.iterdir()} == {"checkpoints", "config.json", "log.csv", "model.safetensors"}
+    assert {path.name for path in trained.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "log.csv",
+        "log.jsonl",
+        "model.safetensors",
+    }
     assert json.loads((trained / "config.json").read_text())["model_kwargs"]["patch_size"] == 7
 
 
@@ -72,7 +78,7 @@ def test_another_recipe_in_the_same_folder_is_refused_until_told(data: str, trai
     assert result.exit_code == 2 and "epochs=2 there, epochs=1 here" in result.stderr
     result = run(*other, "--resume", "never")
     assert result.exit_code == 0, result.output
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000005.pt"]
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000005.pt", "best.pt"}
 
 
 def test_eval_reports_mirrored_changes(data: str, trained: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from equiflop.data import Augmentation, DataNotFoundError, FolderSplit, Preprocessing, catalog, open_data, read_image
+from equiflop.data import Augmentation, DataNotFoundError, ImageSplit, Preprocessing, catalog, open_data, read_image
 from equiflop.data.idx import read_idx
 from equiflop.data.randomness import derive_seed, epoch_order, uniform
+from equiflop.data.sources import FolderImages
 from equiflop.data.splits import MemorySplit, shift_and_mirror
 
 GREY = Preprocessing((1, 28, 28), (0.5,), (0.5,))
@@ -76,7 +77,7 @@ class TestAugmentation:
         augmentation = Augmentation(0.5, 2, 0.5, seed=7, epoch=3)
         together = next(split.batches(torch.arange(50), 50, augmentation))[0]
         order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
-        scattered = torch.cat([images for images, _ in split.batches(order, 7, augmentation)])
+        scattered = torch.cat([batch.images for batch in split.batches(order, 7, augmentation)])
         assert torch.equal(scattered, together[order])
 
     def test_every_outcome_is_a_shift_of_the_image_or_its_mirror_image(self) -> None:
@@ -109,10 +110,10 @@ class TestAugmentation:
         random = np.random.default_rng(0)
         for path in folder.glob("*/*.png"):
             Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
-        split = FolderSplit(folder, Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3))
+        split = ImageSplit(FolderImages(folder), Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3))
         augmentation = Augmentation(0.5, 0, 0.3, 0, 1)
-        alone = torch.cat([images for images, _ in split.batches(torch.arange(12), 4, augmentation)])
-        helped = torch.cat([images for images, _ in split.batches(torch.arange(12), 4, augmentation, workers=2)])
+        alone = torch.cat([batch.images for batch in split.batches(torch.arange(12), 4, augmentation)])
+        helped = torch.cat([batch.images for batch in split.batches(torch.arange(12), 4, augmentation, workers=2)])
         assert torch.equal(alone, helped)
 
 
@@ -121,13 +122,13 @@ class TestFashionMnist:
     def test_opens_a_folder_of_idx_files(self, tmp_path: Path, suffix: str) -> None:
         data = open_data(write_fashion_mnist(tmp_path, suffix=suffix))
         assert (len(data.train), len(data.test), len(data.classes)) == (40, 20, 10)
-        images, labels = next(data.test.batches(torch.arange(5), 5))
+        images, labels, _ = next(data.test.batches(torch.arange(5), 5))
         assert images.shape == (5, 1, 28, 28) and images.dtype == torch.float32
         assert labels.tolist() == [0, 1, 2, 3, 4]
 
     def test_resizes_and_repeats_channels_on_request(self, tmp_path: Path) -> None:
         data = open_data(write_fashion_mnist(tmp_path), image_size=(32, 24), channels=3)
-        images, _ = next(data.test.batches(torch.arange(2), 2))
+        images, _, _ = next(data.test.batches(torch.arange(2), 2))
         assert images.shape == (2, 3, 32, 24)
         assert torch.equal(images[:, 0], images[:, 2])
 
@@ -183,7 +184,7 @@ class TestFolder:
     def test_reads_classes_and_images(self, tmp_path: Path, test_name: str) -> None:
         data = open_data(write_image_folder(tmp_path, test_name), image_size=(16, 16))
         assert data.classes == ("blue", "red")
-        images, labels = next(data.test.batches(torch.tensor([0, 5]), 2))
+        images, labels, _ = next(data.test.batches(torch.tensor([0, 5]), 2))
         assert labels.tolist() == [0, 1]
         assert images.shape == (2, 3, 16, 16)
         assert images[0, 2].mean() > images[0, 0].mean() and images[1, 0].mean() > images[1, 2].mean()
@@ -193,7 +194,7 @@ class TestFolder:
         for path in (folder / "test" / "blue").iterdir():
             path.unlink()
         (folder / "test" / "blue").rmdir()
-        _, labels = next(open_data(folder).test.batches(torch.arange(3), 3))
+        _, labels, _ = next(open_data(folder).test.batches(torch.arange(3), 3))
         assert labels.tolist() == [1, 1, 1]
 
     def test_a_class_unknown_in_training_is_refused(self, tmp_path: Path) -> None:

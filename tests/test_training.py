@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equiflop.data import ImageData, MemorySplit, Preprocessing
+from equiflop.data import Batch, ImageData, MemorySplit, Preprocessing
 from equiflop.training import (
     CheckpointError,
     MirrorAveraged,
@@ -129,8 +129,8 @@ class TestResume:
         trainer = Trainer(config_for(tmp_path, epochs=50), toy_data())
         original, seen = trainer._train_step, []
 
-        def step_and_signal(images: Tensor, labels: Tensor) -> None:
-            original(images, labels)
+        def step_and_signal(batches: list[Batch]) -> None:
+            original(batches)
             seen.append(1)
             if len(seen) == 3:
                 signal.raise_signal(signal.SIGTERM)
@@ -176,7 +176,7 @@ class TestFiles:
         trained = load_model(uninterrupted.config.out)
         assert trained.path.name == "model.safetensors"
         assert trained.config == uninterrupted.config
-        images, _ = next(uninterrupted.data.test.batches(torch.arange(5), 5))
+        images, _, _ = next(uninterrupted.data.test.batches(torch.arange(5), 5))
         with torch.no_grad():
             assert torch.equal(trained.model(images), uninterrupted.model.eval()(images))
 
@@ -200,7 +200,7 @@ class TestFiles:
         monkeypatch.setattr("os.fsync", full)
         with pytest.raises(OSError, match=r"No space left on device.*intact"):
             trainer.save()
-        assert [path.name for path in before.parent.iterdir()] == [before.name], "no half-written file stays"
+        assert {path.name for path in before.parent.iterdir()} == {before.name, "best.pt"}, "no half-written file stays"
         assert load_state(before).epoch == 1
 
     def test_a_disk_that_fills_up_while_writing(self, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ class TestFiles:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert error.value.filename is not None and error.value.filename.endswith("step-00000016.pt")
-        assert [path.name for path in before.parent.iterdir()] == [before.name]
+        assert {path.name for path in before.parent.iterdir()} == {before.name, "best.pt"}
         assert load_state(before).epoch == 1
 
     def test_others_may_read_what_the_umask_lets_them(self, uninterrupted: Trainer) -> None:

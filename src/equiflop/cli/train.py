@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from equiflop.cli.options import ImageSize, KeyValue, device_option, json_option, workers_option
+from equiflop.cli.options import ImageSize, KeyValue, json_option
 
 if TYPE_CHECKING:
     from equiflop.training import EpochRecord, Trainer
 
+#: Options that are not simply named after a field of the configuration.
+_NAMES = {"image_size": "--img-size", "model_kwargs": "--set"}
 
-@click.command(name="train")
-@click.argument("model")
-@click.option("--data", required=True, help="fashion-mnist, digits, or a folder with train/CLASS/* and test/CLASS/*.")
-@click.option("--out", help="Folder for checkpoints, log and final weights.  [default: runs/MODEL]")
+
+class TrainCommand(click.Command):
+    """A command whose options are the fields of :class:`equiflop.training.TrainConfig`, made when they are needed."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The options written below, and one per field."""
+        if not any(parameter.name == "lr" for parameter in self.params):
+            from equiflop.training.config import TrainConfig
+
+            for name, (default, text) in TrainConfig.describe().items():
+                if name != "model":
+                    self.params.append(_option(name, default, text))
+        return super().get_params(ctx)
+
+
+def _option(name: str, default: Any, text: str) -> click.Option:
+    flag = _NAMES.get(name, "--" + name.replace("_", "-"))
+    if name == "model_kwargs":
+        return click.Option([flag, name], type=KeyValue(), multiple=True, help=f"{text} KEY=VALUE; repeatable.")
+    if name == "image_size":
+        return click.Option([flag, name], type=ImageSize(), help=text)
+    if isinstance(default, bool):
+        return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=text)
+    shown = name == "out" or (default not in ("", None, MISSING) and not isinstance(default, dict))
+    note = f"  [default: {'runs/MODEL' if name == 'out' else default}]" if shown else ""
+    kind = int if name == "channels" else str if default is MISSING else type(default)
+    return click.Option([flag, name], type=kind, help=text + note)
+
+
+@click.command(name="train", cls=TrainCommand)
+@click.argument("model", required=False)
+@click.option("--recipe", help="Start from a recipe's options: its name (--list-recipes), or a YAML file.")
+@click.option("--list-recipes", is_flag=True, help="List the recipes and stop.")
 @click.option(
     "--resume",
     type=click.Choice(["auto", "never"]),
@@ -26,43 +57,22 @@ if TYPE_CHECKING:
     show_default=True,
     help="auto goes on from the newest checkpoint in --out, if there is one; never removes them and starts anew.",
 )
-@click.option(
-    "--set", "settings", type=KeyValue(), multiple=True, help="A keyword of the model, such as depth=2; repeatable."
-)
-@click.option("--img-size", "image_size", type=ImageSize(), help="224 or 256x192, height first.  [default: the data's]")
-@click.option("--channels", type=click.IntRange(1, 3), help="1 (grey) or 3 (colour).  [default: the data's]")
-@click.option("--epochs", type=int, default=10, show_default=True, help="Passes over the training images.")
-@click.option("--batch-size", type=int, default=128, show_default=True, help="Images a step.")
-@click.option("--optimizer", default="adamw", show_default=True, help="timm's name of the optimiser.")
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate.")
-@click.option("--min-lr", type=float, default=1e-6, show_default=True, help="Learning rate at the end of the cosine.")
-@click.option("--weight-decay", type=float, default=0.05, show_default=True, help="Weight decay.")
-@click.option("--warmup-epochs", type=float, default=1.0, show_default=True, help="Epochs of linear warm-up.")
-@click.option("--label-smoothing", type=float, default=0.1, show_default=True, help="Label smoothing, 0 to 1.")
-@click.option("--drop-path", type=float, default=0.0, show_default=True, help="Stochastic depth of the last block.")
-@click.option("--clip-grad", type=float, default=1.0, show_default=True, help="Largest norm of the gradient, 0: any.")
-@click.option("--mirror", type=float, default=0.5, show_default=True, help="Probability of mirroring an image.")
-@click.option("--shift", type=int, default=2, show_default=True, help="Largest shift in pixels (built-in sets).")
-@click.option("--crop-scale", type=float, default=0.35, show_default=True, help="Smallest random crop (folders).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides everything random.")
-@click.option("--amp", is_flag=True, help="Train in bfloat16 where that is safe.")
-@click.option("--compile", "compile_", is_flag=True, help="Use torch.compile: a wait first, then faster.")
-@device_option
-@workers_option
+@click.option("--amp", is_flag=True, help="Short for --precision bfloat16.")
 @json_option
 def command(
-    model: str,
-    out: str | None,
+    model: str | None,
+    recipe: str | None,
+    list_recipes: bool,
     resume: str,
-    settings: tuple[tuple[str, Any], ...],
-    compile_: bool,
+    amp: bool,
     as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Train MODEL on labelled images.
 
-    MODEL is any name that timm knows, ours ("equiflop models" lists them) or its own. The same command, run again
-    after Ctrl-C, a crash or a power cut, goes on where it stopped and ends with the same weights.
+    MODEL is any name that timm knows, ours ("equiflop models" lists them) or its own; a recipe has one already. The
+    same command, run again after Ctrl-C, a crash or a power cut, goes on where it stopped and ends with the same
+    weights. Options on the command line go before those of the recipe.
 
     \b
     A first try, two minutes on a laptop:
@@ -70,13 +80,16 @@ def command(
         --set patch_size=7 --set embed_dim=128 --set depth=4 --set num_heads=4 --epochs 2
     Your own pictures in photos/train/CLASS/* and photos/test/CLASS/*:
       equiflop train flop_deit3_small_patch16_224 --data photos --epochs 50 --workers 2
+    As published, with 8 processes on 8 GPUs:
+      torchrun --nproc-per-node 8 -m equiflop train --recipe deit3-base --data imagenet
     """
-    from equiflop.training import TrainConfig, Trainer, TrainingInterrupted
+    from equiflop.training import Trainer, TrainingInterrupted
+    from equiflop.training.processes import leave
 
-    config = TrainConfig(
-        model=model, out=out or str(Path("runs") / model), model_kwargs=dict(settings), compile=compile_, **options
-    )
-    trainer = Trainer(config)
+    if list_recipes:
+        _list_recipes()
+        return
+    trainer = Trainer(_configuration(model, recipe, amp, given))
     start = trainer.resume() if resume == "auto" else None
     if resume == "never":
         trainer.start_anew()
@@ -84,16 +97,53 @@ def command(
     try:
         history = trainer.run()
     except TrainingInterrupted as stopped:
-        click.echo(f"equiflop: {stopped}; run the same command again to go on", err=True)
+        if trainer.processes.first:
+            click.echo(f"equiflop: {stopped}; run the same command again to go on", err=True)
         raise SystemExit(128 + stopped.signal_number) from stopped
-    _conclude(trainer, history, as_json)
+    if trainer.processes.first:
+        _conclude(trainer, history, as_json)
+    leave()
+
+
+def _configuration(model: str | None, recipe: str | None, amp: bool, given: dict[str, Any]) -> Any:
+    from equiflop.training import TrainConfig
+    from equiflop.training.recipe import load_recipe
+
+    options: dict[str, Any] = load_recipe(recipe) if recipe else {}
+    keywords = dict(given.pop("model_kwargs") or ())
+    given = {name: value for name, value in given.items() if value is not None}
+    if amp:
+        given.setdefault("precision", "bfloat16")
+    if model is not None and recipe and model != options.get("model"):
+        keywords = {**(options.get("model_kwargs") or {}), **keywords}
+        options.pop("model_kwargs", None)
+    options |= given
+    options["model"] = model or options.get("model")
+    options["model_kwargs"] = {**(options.get("model_kwargs") or {}), **keywords}
+    if options["model"] is None:
+        raise click.UsageError("give MODEL, or --recipe NAME with one")
+    if "data" not in options:
+        raise click.UsageError("give --data: fashion-mnist, digits, a folder, or timm's name of a data set")
+    options.setdefault("out", str(Path("runs") / str(options["model"])))
+    return TrainConfig.from_dict(options)
+
+
+def _list_recipes() -> None:
+    from equiflop.training.recipe import load_recipe, recipe_names
+
+    for name in recipe_names():
+        options = load_recipe(name)
+        optimizer = options.get("optimizer", "adamw")
+        click.echo(f"{name:<20} {options['model']}, {options['epochs']} epochs, {optimizer}")
 
 
 def _introduce(trainer: Trainer, start: Path | None) -> None:
     data, say = trainer.data, trainer.progress.print
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     size = "x".join(map(str, data.preprocessing.input_size))
-    say(f"{trainer.config.model}: {parameters / 1e6:.2f} M parameters, input {size}, on {trainer.device}")
+    count = trainer.processes.count
+    where = f"{trainer.device}" + (f" and {count - 1} more processes" if count > 1 else "")
+    say(f"{trainer.config.model}: {parameters / 1e6:.2f} M parameters, input {size}, on {where}")
     say(f"{data.name} from {data.origin}: {len(data.train):,} images to train on, {len(data.test):,} to test on")
     if trainer.finished:
         say(f"{start}: all epochs are done; give another --out, or --resume never to start anew")
@@ -107,6 +157,14 @@ def _conclude(trainer: Trainer, history: list[EpochRecord], as_json: bool) -> No
     if as_json:
         click.echo(json.dumps({"weights": str(weights), **asdict(last)}, indent=2))
         return
+    best = max(history, key=lambda record: record.best_accuracy)
+    seconds = sum(record.seconds for record in history)
     click.echo(f"test accuracy {100 * last.test_accuracy:.2f} % (top-5 {100 * last.test_top5:.2f} %)")
+    if last.ema_accuracy is not None:
+        click.echo(f"test accuracy of the averaged weights {100 * last.ema_accuracy:.2f} %")
+    click.echo(f"best {100 * best.best_accuracy:.2f} % after epoch {best.epoch}, in checkpoints/best.pt")
+    click.echo(f"{seconds:,.0f} s of training")
+    if any(record.unreadable for record in history):
+        click.echo(f"images that could not be read are listed in {trainer.out / 'unreadable.txt'}")
     click.echo(f"weights in {weights}, log in {trainer.out / 'log.csv'}")
     click.echo(f"next: equiflop eval {trainer.out}")

@@ -2,14 +2,15 @@
 
 from equiflop.data.catalog import BUILT_IN, DataNotFoundError, ImageData, open_data
 from equiflop.data.decode import read_image
-from equiflop.data.splits import Augmentation, FolderSplit, MemorySplit, Preprocessing, Split
+from equiflop.data.splits import Augmentation, Batch, ImageSplit, MemorySplit, Preprocessing, Split
 
 __all__ = [
     "BUILT_IN",
     "Augmentation",
+    "Batch",
     "DataNotFoundError",
-    "FolderSplit",
     "ImageData",
+    "ImageSplit",
     "MemorySplit",
     "Preprocessing",
     "Split",

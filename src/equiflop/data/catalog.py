@@ -7,12 +7,14 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
 
 from equiflop.data.idx import find_idx, read_labelled_images
-from equiflop.data.splits import FolderSplit, MemorySplit, Preprocessing, Split
+from equiflop.data.sources import DatasetImages, FolderImages, ShardImages
+from equiflop.data.splits import ImageSplit, MemorySplit, Preprocessing, Split
 
 #: Names of the built-in sets, and what they are.
 BUILT_IN = {
@@ -68,10 +70,12 @@ def open_data(
     """Open a built-in set by its name, or a folder.
 
     A folder holds either Fashion-MNIST's four idx files (plain or ``.gz``), or images as ``train/CLASS/*`` and
-    ``test/CLASS/*`` (``val``, ``valid`` and ``validation`` are also understood).
+    ``test/CLASS/*`` (``val``, ``valid`` and ``validation`` are also understood). Besides, timm's names:
+    ``torch/NAME`` of torchvision, ``hfds/NAME`` of Hugging Face, and ``wds/FOLDER`` with WebDataset's tar files.
 
     Args:
-        source: ``"fashion-mnist"``, ``"digits"``, or the path of a folder (``./digits`` for a folder of that name).
+        source: ``"fashion-mnist"``, ``"digits"``, one of timm's names, or the path of a folder (``./digits`` for a
+            folder of that name).
         image_size: (height, width) of the network's input; by default 28x28 for built-in sets and 224x224 for folders.
         channels: 1 (grey) or 3; by default 1 for built-in sets and 3 for folders.
         preprocessing: all of it, in place of ``image_size`` and ``channels``: what a trained network expects.
@@ -89,13 +93,26 @@ def open_data(
         return _fashion_mnist(_find_fashion_mnist(), preprocessing or small(0.2860, 0.3530))
     if source == "digits":
         return _digits(preprocessing or small(0.3053, 0.3760))
+    photos = preprocessing or _photo_preprocessing(image_size or (224, 224), channels or 3)
+    kind, _, rest = str(source).partition("/")
+    if kind in ("torch", "hfds") and rest and not Path(source).exists():
+        return _timm_dataset(str(source), photos)
+    if kind == "wds" and rest and not Path(source).exists():
+        return _shards(_existing_folder(rest), photos)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise DataNotFoundError(f"data={str(source)!r} is neither a folder nor a built-in set ({', '.join(BUILT_IN)})")
     idx_folder = _idx_folder(folder)
     if idx_folder is not None:
         return _fashion_mnist(idx_folder, preprocessing or small(0.2860, 0.3530))
-    return _image_folder(folder, preprocessing or _photo_preprocessing(image_size or (224, 224), channels or 3))
+    return _image_folder(folder, photos)
+
+
+def _existing_folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise DataNotFoundError(f"data='wds/{path}': there is no folder {folder}")
+    return folder
 
 
 def _fashion_mnist(folder: Path, preprocessing: Preprocessing) -> ImageData:
@@ -114,7 +131,7 @@ def _idx_folder(folder: Path) -> Path | None:
 
 def _find_fashion_mnist() -> Path:
     """Debian's package ``dataset-fashion-mnist``, else torchvision's download (once, into the user's cache)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "equiflop"
+    cache = _cache()
     for place in (_FASHION_MNIST_DEBIAN, cache):
         found = _idx_folder(place)
         if found is not None:
@@ -138,6 +155,10 @@ def _find_fashion_mnist() -> Path:
     return found
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "equiflop"
+
+
 def _digits(preprocessing: Preprocessing) -> ImageData:
     """The digits of scikit-learn: every fifth image is for testing."""
     try:
@@ -156,9 +177,71 @@ def _digits(preprocessing: Preprocessing) -> ImageData:
 
 
 def _image_folder(folder: Path, preprocessing: Preprocessing) -> ImageData:
-    train = FolderSplit(_split_folder(folder, _TRAIN_FOLDERS), preprocessing)
-    test = FolderSplit(_split_folder(folder, _TEST_FOLDERS), preprocessing, train.classes)
-    return ImageData(folder.resolve().name, str(folder), train.classes, train, test)
+    train = FolderImages(_split_folder(folder, _TRAIN_FOLDERS))
+    test = FolderImages(_split_folder(folder, _TEST_FOLDERS), train.classes)
+    return ImageData(
+        folder.resolve().name,
+        str(folder),
+        train.classes,
+        ImageSplit(train, preprocessing),
+        ImageSplit(test, preprocessing),
+    )
+
+
+def _shards(folder: Path, preprocessing: Preprocessing) -> ImageData:
+    """WebDataset's tar files in ``train`` and ``val`` folders, or with these words in their names."""
+    parts = []
+    for words in (_TRAIN_FOLDERS, _TEST_FOLDERS):
+        shards = sorted(
+            path for path in folder.rglob("*.tar") if any(word in str(path.relative_to(folder)) for word in words)
+        )
+        if not shards:
+            raise DataNotFoundError(f"{folder}: holds no .tar files with {words[0]!r} in their names")
+        parts.append(ShardImages(shards))
+    train, test = parts
+    classes = tuple(str(label) for label in range(max(*train.labels, *test.labels) + 1))
+    return ImageData(
+        folder.resolve().name, str(folder), classes, ImageSplit(train, preprocessing), ImageSplit(test, preprocessing)
+    )
+
+
+def _timm_dataset(name: str, preprocessing: Preprocessing) -> ImageData:
+    """A data set of torchvision (``torch/``) or Hugging Face (``hfds/``), downloaded once into the user's cache."""
+    from timm.data import create_dataset
+
+    cache = _cache() / name.replace("/", "-")
+    splits = []
+    for split in ("train", "validation"):
+        try:
+            dataset = create_dataset(name, root=str(cache), split=split, is_training=split == "train", download=True)
+        except ImportError as error:
+            raise DataNotFoundError(f"data={name!r} needs another package: {error}") from error
+        except Exception as error:  # whatever timm, torchvision or the hub raise, the data set cannot be had
+            raise DataNotFoundError(f"data={name!r} cannot be opened by timm ({_first_line(error)})") from error
+        splits.append(DatasetImages(dataset, _labels_of(dataset, name), f"{name} {split}"))
+    dataset = splits[0].dataset
+    names = getattr(dataset, "classes", None) or range(max(splits[0].labels) + 1)
+    train, test = (ImageSplit(source, preprocessing) for source in splits)
+    return ImageData(name, str(cache), tuple(map(str, names)), train, test)
+
+
+def _labels_of(dataset: Any, name: str) -> list[int]:
+    """All labels without decoding an image: torchvision's ``targets``, or the column of a Hugging Face set."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = getattr(dataset, "labels", None)
+    if targets is None:
+        reader = getattr(dataset, "reader", None)
+        column = getattr(reader, "label_key", "label")
+        try:
+            targets = reader.dataset[column]  # type: ignore[union-attr]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DataNotFoundError(f"data={name!r}: its labels cannot be listed") from error
+    return [int(label) for label in targets]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _split_folder(folder: Path, names: tuple[str, ...]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ _WHITE = (255, 255, 255, 255)
 
 
 def read_image(path: str | Path, channels: int = 3) -> Image.Image:
-    """Read an image as 8-bit RGB (3 channels) or grey (1 channel).
+    """Read an image file as 8-bit RGB (3 channels) or grey (1 channel).
 
     Deep images (16 and 32 bits) are scaled, not clipped; transparent parts are laid over white; the orientation that a
     camera noted in the EXIF data is applied; of an animation the first frame is taken.
@@ -19,18 +20,36 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
     Raises:
         ValueError: if the file is missing, cannot be read or is not an image, or ``channels`` is not 1 or 3.
     """
+    return _read(path, channels, str(path))
+
+
+def decode_image(content: bytes | Image.Image, channels: int, name: str) -> Image.Image:
+    """The same for the content of a file, or for an image of Pillow.
+
+    Args:
+        content: what the file holds.
+        channels: 1 or 3.
+        name: what to call it in a message.
+
+    Raises:
+        ValueError: as above.
+    """
+    return _read(io.BytesIO(content) if isinstance(content, bytes) else content, channels, name)
+
+
+def _read(source: str | Path | io.BytesIO | Image.Image, channels: int, name: str) -> Image.Image:
     if channels not in (1, 3):
         raise ValueError(f"channels={channels}: image files are read with 1 or 3 channels")
     try:
-        with Image.open(path) as image:
+        with source if isinstance(source, Image.Image) else Image.open(source) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
+        raise ValueError(f"{name}: no such file") from error
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not an image that Pillow can read") from error
+        raise ValueError(f"{name}: not an image that Pillow can read") from error
     except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        raise ValueError(f"{name}: cannot be read as an image ({error})") from error
     return _to_eight_bit(upright).convert("RGB" if channels == 3 else "L")
 
 

@@ -1,24 +1,20 @@
-"""The two kinds of split: images that live in memory, and images in a folder that are decoded as they are needed."""
+"""The two kinds of split: images that live in memory, and images that are decoded as they are needed."""
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from equiflop.data.decode import read_image
 from equiflop.data.randomness import derive_seed, uniform
-
-_IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from equiflop.data.sources import ImageSource
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,10 @@ class Augmentation:
         crop_scale: smallest share of the area that a random crop of an image file keeps.
         seed: seed of the run.
         epoch: number of the epoch.
+        crop_mode: of image files: "rrc", random resized crop, or "rkrc", resize and crop at random.
+        auto_augment: of image files: timm's policy.
+        color_jitter: of image files: strength.
+        random_erasing: of image files: probability.
     """
 
     mirror: float
@@ -38,6 +38,29 @@ class Augmentation:
     crop_scale: float
     seed: int
     epoch: int
+    crop_mode: str = "rrc"
+    auto_augment: str = ""
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+
+    @property
+    def needs_files(self) -> str:
+        """The first of the settings in use that images in memory do not have; empty if there is none."""
+        return next((name for name in ("auto_augment", "color_jitter", "random_erasing") if getattr(self, name)), "")
+
+
+class Batch(NamedTuple):
+    """Images with their labels.
+
+    Attributes:
+        images: normalised float32, shape ``(B, C, H, W)``.
+        labels: int64, shape ``(B,)``.
+        problems: one line for every image that could not be read and is not in the batch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    problems: list[str]
 
 
 @dataclass(frozen=True)
@@ -69,9 +92,25 @@ class Split(Protocol):
         ...
 
     def batches(
-        self, samples: Tensor, batch_size: int, augmentation: Augmentation | None = None, workers: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The given samples in the given order: images ``(B, C, H, W)``, normalised float32, and labels ``(B,)``."""
+        self,
+        samples: Tensor,
+        batch_size: int,
+        augmentation: Augmentation | None = None,
+        workers: int = 0,
+        skip_unreadable: bool = False,
+    ) -> Iterator[Batch]:
+        """The given samples in the given order.
+
+        Args:
+            samples: what to read, shape ``(n,)``: ``i``, or for another version of the same image ``i + k len(self)``.
+            batch_size: images at once; fewer in the last batch.
+            augmentation: what to do to them; None for a measurement.
+            workers: processes that decode image files.
+            skip_unreadable: leave out what cannot be read and name it in the batch.
+
+        Raises:
+            ValueError: if an image cannot be read (it names it) and ``skip_unreadable`` is not set.
+        """
         ...
 
 
@@ -93,16 +132,29 @@ class MemorySplit:
         return len(self.labels)
 
     def batches(
-        self, samples: Tensor, batch_size: int, augmentation: Augmentation | None = None, workers: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """See :class:`Split`; nothing here is slow enough for worker processes, so ``workers`` has no effect."""
+        self,
+        samples: Tensor,
+        batch_size: int,
+        augmentation: Augmentation | None = None,
+        workers: int = 0,
+        skip_unreadable: bool = False,
+    ) -> Iterator[Batch]:
+        """See :class:`Split`; nothing here is slow enough for worker processes, so ``workers`` has no effect.
+
+        Raises:
+            ValueError: if the augmentation is one for image files.
+        """
+        if augmentation is not None and augmentation.needs_files:
+            name = augmentation.needs_files
+            raise ValueError(f"{name}={getattr(augmentation, name)!r} needs image files; this set lives in memory")
         mean = torch.tensor(self.preprocessing.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.preprocessing.std).view(1, -1, 1, 1)
         for chosen in _chunks(samples, batch_size):
-            images = self.images[chosen]
+            index = chosen % len(self)
+            images = self.images[index]
             if augmentation is not None:
                 images = shift_and_mirror(images, chosen, augmentation)
-            yield images.float().div_(255).sub_(mean).div_(std), self.labels[chosen]
+            yield Batch(images.float().div_(255).sub_(mean).div_(std), self.labels[index], [])
 
 
 def shift_and_mirror(images: Tensor, samples: Tensor, augmentation: Augmentation) -> Tensor:
@@ -126,77 +178,67 @@ def shift_and_mirror(images: Tensor, samples: Tensor, augmentation: Augmentation
     return padded[batch, channels, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-class FolderSplit:
-    """Image files in one sub-folder per class, decoded as they are needed.
+class ImageSplit:
+    """Images that are decoded as they are needed.
 
     Args:
-        root: the folder that holds a folder per class (images may lie in folders below it).
+        source: the images.
         preprocessing: size and normalisation.
-        classes: names of the classes, in the order of their labels; by default the names of the sub-folders, sorted.
-
-    Raises:
-        ValueError: if there is no image, or a sub-folder is not among ``classes``.
     """
 
-    def __init__(self, root: Path, preprocessing: Preprocessing, classes: Sequence[str] | None = None) -> None:
+    def __init__(self, source: ImageSource, preprocessing: Preprocessing) -> None:
+        self.source = source
         self.preprocessing = preprocessing
-        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        self.classes = tuple(names if classes is None else classes)
-        unknown = sorted(set(names) - set(self.classes))
-        if unknown:
-            raise ValueError(f"{root / unknown[0]}: {unknown[0]!r} is not a class of the training images")
-        self.files = [(path, label) for label, name in enumerate(self.classes) for path in _image_files(root / name)]
-        if not self.files:
-            raise ValueError(f"{root}: holds no images (expected {root}/CLASS/*.jpg or other image files)")
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.source)
 
     def batches(
-        self, samples: Tensor, batch_size: int, augmentation: Augmentation | None = None, workers: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """See :class:`Split`; an unreadable file is a ValueError that names it, never replaced by another."""
-        loader: DataLoader[tuple[Tensor, int, str]] = DataLoader(
-            _FolderItems(self, augmentation),
+        self,
+        samples: Tensor,
+        batch_size: int,
+        augmentation: Augmentation | None = None,
+        workers: int = 0,
+        skip_unreadable: bool = False,
+    ) -> Iterator[Batch]:
+        """See :class:`Split`."""
+        loader: DataLoader[_Item] = DataLoader(
+            _Items(self, augmentation),
             batch_sampler=[chunk.tolist() for chunk in _chunks(samples, batch_size)],
             num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
         )
-        for images, labels, problem in loader:
-            if problem:
-                raise ValueError(problem)
-            yield images, labels
+        for batch in loader:
+            if batch.problems and not skip_unreadable:
+                raise ValueError(batch.problems[0])
+            yield batch
 
 
 def _chunks(samples: Tensor, size: int) -> tuple[Tensor, ...]:
     return samples.split(size) if len(samples) else ()
 
 
-def _image_files(folder: Path) -> list[str]:
-    return sorted(
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder)
-        for name in names
-        if os.path.splitext(name)[1].lower() in _IMAGE_EXTENSIONS
-    )
+#: Image, label and "", or a blank, the label and what is wrong: an exception would lose its type in a worker.
+_Item = tuple[Tensor, int, str]
 
 
-class _FolderItems(Dataset[tuple[Tensor, int, str]]):
-    """Decoded and transformed files; problems travel as text, since an exception would lose its type in a worker."""
+class _Items(Dataset[_Item]):
+    """Decoded and transformed images."""
 
-    def __init__(self, split: FolderSplit, augmentation: Augmentation | None) -> None:
-        self.files = split.files
+    def __init__(self, split: ImageSplit, augmentation: Augmentation | None) -> None:
+        self.source = split.source
         self.channels = split.preprocessing.input_size[0]
         self.augmentation = augmentation
         self.transform = image_transform(split.preprocessing, augmentation)
         self.blank = torch.zeros(split.preprocessing.input_size)
 
-    def __getitem__(self, sample: int) -> tuple[Tensor, int, str]:
-        path, label = self.files[sample]
+    def __getitem__(self, sample: int) -> _Item:
+        index = sample % len(self.source)
+        label = int(self.source.labels[index])
         try:
-            image = read_image(path, self.channels)
+            image = self.source.read(index, self.channels)
         except ValueError as error:
             return self.blank, label, str(error)
         if self.augmentation is not None:
@@ -226,9 +268,13 @@ def image_transform(preprocessing: Preprocessing, augmentation: Augmentation | N
     return create_transform(
         **settings,
         is_training=True,
+        train_crop_mode=augmentation.crop_mode,
         hflip=augmentation.mirror,
         scale=(augmentation.crop_scale, 1.0),
-        color_jitter=0.0,
+        color_jitter=augmentation.color_jitter,
+        auto_augment=augmentation.auto_augment or None,
+        re_prob=augmentation.random_erasing,
+        re_mode="pixel",
     )
 
 
@@ -237,9 +283,11 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _collate(items: list[tuple[Tensor, int, str]]) -> tuple[Tensor, Tensor, str]:
-    images, labels, problems = zip(*items, strict=True)
-    return torch.stack(images), torch.tensor(labels), next(filter(None, problems), "")
+def _collate(items: list[_Item]) -> Batch:
+    readable = [(image, label) for image, label, problem in items if not problem]
+    images = torch.stack([image for image, _ in readable]) if readable else items[0][0].new_empty(0, *items[0][0].shape)
+    labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
+    return Batch(images, labels, [problem for _, _, problem in items if problem])
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -269,7 +269,7 @@ def _changed_examples(equivariant: Trainer, plain: Trainer) -> list[Example]:
     with torch.no_grad():
         for start in range(0, len(data.test) - batch + 1, batch):
             samples = torch.arange(start, start + batch)
-            images, labels = next(data.test.batches(samples, batch))
+            images, labels, _ = next(data.test.batches(samples, batch))
             ours, theirs, mirrored = (
                 _classes(trainer, view)
                 for trainer, view in ((equivariant, images), (plain, images), (plain, images.flip(-1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,24 @@ from equiflop.training.model_spec import ModelSpec
 WEIGHTS_FILE = "model.safetensors"
 #: Name of the folder of training states in a run's folder.
 CHECKPOINT_FOLDER = "checkpoints"
-_FORMAT = "equiflop-checkpoint-1"
+#: Name of the best training state in that folder.
+BEST_FILE = "best.pt"
+_FORMAT = "equiflop-checkpoint-2"
 _METADATA_KEY = "equiflop"
+
+
+#: Parts of a training state that are kept as they are, and what they must be.
+_PLAIN_PARTS: dict[str, Callable[[Any], Any]] = {
+    "model": dict,
+    "optimizer": dict,
+    "ema": lambda value: None if value is None else dict(value),
+    "scaler": dict,
+    "images_per_step": int,
+    "epoch": int,
+    "step": int,
+    "running": dict,
+    "history": list,
+}
 
 
 class CheckpointError(ValueError):
@@ -39,6 +56,9 @@ class TrainState:
         config: the run.
         model: the network's state dict.
         optimizer: the optimiser's state dict.
+        ema: the state dict of the averaged weights, if there are any.
+        scaler: state of the scaler of float16's gradients.
+        images_per_step: in all processes together.
         epoch: epochs that are complete.
         step: steps taken in the epoch that is not.
         running: sums over those steps.
@@ -49,6 +69,9 @@ class TrainState:
     config: TrainConfig
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
+    ema: dict[str, Tensor] | None
+    scaler: dict[str, Any]
+    images_per_step: int
     epoch: int
     step: int
     running: dict[str, float]
@@ -87,28 +110,36 @@ def _failure_of_the_disk(error: BaseException | None) -> OSError | None:
     return error
 
 
-def save_state(folder: Path, state: TrainState, total_steps: int) -> Path:
-    """Write a training state as ``step-NNNNNNNN.pt`` and remove the oldest beyond ``keep_checkpoints``.
+def state_path(folder: Path, total_steps: int) -> Path:
+    """Where the state after so many steps is kept."""
+    return folder / f"step-{total_steps:08d}.pt"
+
+
+def save_state(path: Path, state: TrainState) -> None:
+    """Write a training state and remove the oldest beside it, beyond ``keep_checkpoints``.
 
     Raises:
         OSError: if it cannot be written; earlier states are then intact.
     """
-    path = folder / f"step-{total_steps:08d}.pt"
     content = {
         "format": _FORMAT,
         "spec": state.spec.to_json(),
         "config": json.dumps(state.config.to_dict()),
-        "model": state.model,
-        "optimizer": state.optimizer,
-        "epoch": state.epoch,
-        "step": state.step,
-        "running": state.running,
-        "history": state.history,
+        **{name: getattr(state, name) for name in _PLAIN_PARTS},
     }
     write_atomically(path, lambda file: torch.save(content, file))
-    for old in saved_states(folder)[state.config.keep_checkpoints :]:
+    for old in saved_states(path.parent)[state.config.keep_checkpoints :]:
         old.unlink()
-    return path
+
+
+def save_best(path: Path) -> None:
+    """Keep a state as the best so far, until a better one comes.
+
+    Raises:
+        OSError: if it cannot be written; the best before is then intact.
+    """
+    with open(path, "rb") as state:
+        write_atomically(path.with_name(BEST_FILE), lambda file: shutil.copyfileobj(state, file))
 
 
 def saved_states(folder: Path) -> list[Path]:
@@ -136,12 +167,7 @@ def load_state(path: Path) -> TrainState:
         return TrainState(
             spec=ModelSpec.from_json(content["spec"]),
             config=TrainConfig.from_dict(json.loads(content["config"])),
-            model=content["model"],
-            optimizer=content["optimizer"],
-            epoch=int(content["epoch"]),
-            step=int(content["step"]),
-            running=dict(content["running"]),
-            history=list(content["history"]),
+            **{name: kind(content[name]) for name, kind in _PLAIN_PARTS.items()},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: a checkpoint with a part missing or damaged ({error})") from error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equiflop.data import Split
+from equiflop.training.processes import Processes
 from equiflop.training.progress import Progress
 
 #: A change of the predicted class counts only if the two best logits are at least this far apart: ties are not changes.
@@ -25,6 +26,7 @@ class Evaluation:
         changed: the best class of the mirrored image is another one, and the gap between the image's two best logits
             exceeds 1e-5; None if the mirrored images were not looked at.
         changed_with_ties: the same without regard to the gap.
+        unreadable: images that could not be read and are not among the others.
     """
 
     images: int
@@ -32,6 +34,7 @@ class Evaluation:
     correct_top5: int
     changed: int | None = None
     changed_with_ties: int | None = None
+    unreadable: int = 0
 
     @property
     def top1(self) -> float:
@@ -73,6 +76,8 @@ def evaluate(
     mirrored: bool = True,
     workers: int = 0,
     progress: Progress | None = None,
+    processes: Processes | None = None,
+    skip_unreadable: bool = False,
 ) -> Evaluation:
     """Measure a classifier in evaluation mode, in the precision of its parameters.
 
@@ -86,32 +91,39 @@ def evaluate(
         mirrored: also classify every mirrored image.
         workers: processes that decode image files.
         progress: a line to keep up to date.
+        processes: share the images among these; all of them get the counts of all images.
+        skip_unreadable: leave out images that cannot be read, and count them.
 
     Raises:
-        ValueError: if an image cannot be read or a logit is not finite.
+        ValueError: if an image cannot be read (unless told to skip it), none can, or a logit is not finite.
     """
     was_training = model.training
     model.eval()
-    counts = torch.zeros(4, dtype=torch.int64)
-    done = 0
+    counts = torch.zeros(6, dtype=torch.int64)
     batch_size = min(batch_size, len(split))
+    rank, count = (processes.rank, processes.count) if processes is not None else (0, 1)
+    samples = torch.arange(rank, len(split), count)
     try:
         with torch.no_grad():
-            for images, labels in split.batches(torch.arange(len(split)), batch_size, workers=workers):
-                size = len(images)
-                images = _filled(images, batch_size).to(device)
-                logits = _finite_logits(model, images)[:size]
-                other = _finite_logits(model, images.flip(-1))[:size] if mirrored else logits
-                counts += _count(logits, other, labels)
-                done += size
+            for batch in split.batches(samples, batch_size, workers=workers, skip_unreadable=skip_unreadable):
+                counts[4:] += torch.tensor([len(batch.images), len(batch.problems)])
+                if len(batch.images):
+                    images = _filled(batch.images, batch_size).to(device)
+                    logits = _finite_logits(model, images)[: len(batch.images)]
+                    other = _finite_logits(model, images.flip(-1))[: len(batch.images)] if mirrored else logits
+                    counts[:4] += _count(logits, other, batch.labels)
                 if progress is not None:
-                    progress.note(f"measuring {done:,} of {len(split):,} images")
+                    progress.note(f"measuring {int(counts[4:].sum()) * count:,} of {len(split):,} images")
     finally:
         model.train(was_training)
-    correct, correct_top5, changed, changed_with_ties = counts.tolist()
+    if processes is not None:
+        counts = processes.total(counts)
+    correct, correct_top5, changed, changed_with_ties, done, unreadable = counts.tolist()
+    if not done:
+        raise ValueError(f"none of the {len(split):,} test images can be read")
     if not mirrored:
-        return Evaluation(done, correct, correct_top5)
-    return Evaluation(done, correct, correct_top5, changed, changed_with_ties)
+        return Evaluation(done, correct, correct_top5, unreadable=unreadable)
+    return Evaluation(done, correct, correct_top5, changed, changed_with_ties, unreadable)
 
 
 def _filled(images: Tensor, batch_size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from typing import TextIO
@@ -63,6 +64,19 @@ class Progress:
         self.stream.write("\r" + line.ljust(self.width))
         self.stream.flush()
         self.width = len(line)
+
+
+class Silence(Progress):
+    """Shows nothing: for processes beside the first."""
+
+    def __init__(self) -> None:
+        super().__init__("", io.StringIO())
+
+    def _write(self, line: str) -> None:
+        pass
+
+    def print(self, line: str) -> None:
+        """Say nothing."""
 
 
 def format_seconds(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -11,33 +12,42 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from equiflop.data import Augmentation, ImageData, open_data
+from equiflop.data import Augmentation, Batch, ImageData, open_data
 from equiflop.data.randomness import derive_seed, epoch_order
 from equiflop.training.checkpoint import (
+    BEST_FILE,
     CHECKPOINT_FOLDER,
     WEIGHTS_FILE,
     CheckpointError,
     TrainState,
+    load_model,
     load_state,
     load_weights,
+    save_best,
     save_state,
     save_weights,
     saved_states,
+    state_path,
     write_atomically,
 )
 from equiflop.training.config import TrainConfig
-from equiflop.training.device import compile_problem, pick_device
+from equiflop.training.device import compile_problem
 from equiflop.training.evaluation import evaluate
 from equiflop.training.interrupt import StopRequest
 from equiflop.training.model_spec import ModelSpec, check_model_name, input_keywords
-from equiflop.training.progress import Progress
+from equiflop.training.objective import Objective
+from equiflop.training.processes import Processes
+from equiflop.training.progress import Progress, Silence
 
 _INITIALISATION = 0x1217  # what seeds the initial weights, apart from the seed itself
-_WARMUP_START = 1e-6
+_MIXING = 0x313  # likewise what seeds Mixup and CutMix
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class NonFiniteLossError(ValueError):
@@ -66,9 +76,11 @@ class EpochRecord:
         epoch: its number, from 1.
         lr: learning rate of its last step.
         train_loss: mean over its steps, label smoothing included.
-        train_accuracy: share of training images classified rightly as they came by.
+        train_accuracy: share of training images classified rightly as they came by (mixed ones by their own label).
         test_accuracy: share of test images classified rightly after it.
         test_top5: share of test images whose class is among the best five.
+        ema_accuracy: the same as test_accuracy for the averaged weights; None if there are none.
+        unreadable: training images that could not be read and were left out.
         seconds: training time, measuring not included.
         images_per_second: training images per second.
     """
@@ -79,14 +91,23 @@ class EpochRecord:
     train_accuracy: float
     test_accuracy: float
     test_top5: float
+    ema_accuracy: float | None
+    unreadable: int
     seconds: float
     images_per_second: float
 
+    @property
+    def best_accuracy(self) -> float:
+        """Of the averaged weights where there are any."""
+        return self.test_accuracy if self.ema_accuracy is None else self.ema_accuracy
+
     def summary(self, epochs: int) -> str:
         """One line for people; ``epochs`` is how many there will be."""
+        average = "" if self.ema_accuracy is None else f" (average {100 * self.ema_accuracy:.2f} %)"
+        left_out = f"  {self.unreadable:,} unreadable images left out" if self.unreadable else ""
         return (
             f"epoch {self.epoch}/{epochs}  loss {self.train_loss:.3f}  train {100 * self.train_accuracy:.2f} %  "
-            f"test {100 * self.test_accuracy:.2f} %  {self.images_per_second:,.0f} images/s"
+            f"test {100 * self.test_accuracy:.2f} %{average}  {self.images_per_second:,.0f} images/s{left_out}"
         )
 
 
@@ -97,53 +118,110 @@ class _Running:
     loss: float = 0.0
     correct: int = 0
     images: int = 0
+    unreadable: int = 0
     seconds: float = 0.0
 
 
 class Trainer:
-    """Trains one network on one data set and keeps its state in a folder.
+    """Trains one network on one data set and keeps its state in a folder, in one process or in several.
 
     Args:
         config: the run.
         data: the data, if it is open already.
         progress: the line that shows what happens.
+        processes: the processes that train together; by default those that torchrun started.
 
     Raises:
         ValueError: if the model, the data or the device does not exist or they do not fit.
         TypeError: if the model does not take a keyword.
     """
 
-    def __init__(self, config: TrainConfig, data: ImageData | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageData | None = None,
+        progress: Progress | None = None,
+        processes: Processes | None = None,
+    ) -> None:
         self.config = config
-        self.progress = progress if progress is not None else Progress(config.model)
+        self.processes = processes if processes is not None else Processes.join(config.device)
+        self.device = self.processes.device
+        talks = self.processes.first
+        self.progress = (progress if progress is not None else Progress(config.model)) if talks else Silence()
         self.out = Path(config.out)
-        self.device = pick_device(config.device)
         check_model_name(config.model)
-        self.data = data if data is not None else open_data(config.data, config.image_size, config.channels)
+        self.data = data if data is not None else self._open_data()
         self.spec = _spec_for(config, self.data)
         torch.manual_seed(derive_seed(config.seed, _INITIALISATION))
-        self.model: nn.Module = self.spec.build().to(self.device)
+        self.model: nn.Module = self._build().to(self.device)
+        self.ema = ModelEmaV3(self.model, decay=config.ema_decay) if config.ema_decay else None
+        self.objective = Objective(config, self.data.classes, self.data.preprocessing).to(self.device)
+        self.network = self.processes.wrap(self.model)
         self.optimizer = create_optimizer_v2(
             self.model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay
         )
-        self.batch_size = min(config.batch_size, len(self.data.train))
-        self.steps_per_epoch = len(self.data.train) // self.batch_size
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.batch_size, self.steps_per_epoch = self._batches()
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
-            sched="cosine",
+            sched="cosine" if config.schedule == "cosine" else "step",
+            decay_epochs=config.epochs + 1,  # of "step", which thus stays where it is
             num_epochs=config.epochs,
             warmup_epochs=config.warmup_epochs,
-            warmup_lr=_WARMUP_START,
+            warmup_lr=config.warmup_lr,
             min_lr=config.min_lr,
             step_on_epochs=False,
             updates_per_epoch=self.steps_per_epoch,
         )
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.epoch = 0
         self.step = 0
         self.history: list[EpochRecord] = []
         self._running = _Running()
+        self._unreadable: list[str] = []
         self._compiled = False
+        self._saved_at = time.monotonic()
+
+    def _open_data(self) -> ImageData:
+        """The first process goes first: it may have to download."""
+        if self.processes.first:
+            data = open_data(self.config.data, self.config.image_size, self.config.channels)
+        self.processes.from_first(None)
+        return (
+            data if self.processes.first else open_data(self.config.data, self.config.image_size, self.config.channels)
+        )
+
+    def _build(self) -> nn.Module:
+        config = self.config
+        model = self.spec.build()
+        if config.start_from:
+            start_from(model, config.start_from, self.data.preprocessing.input_size)
+        if config.drop_path and config.drop_path_schedule == "constant":
+            _set_drop_path(model, config.drop_path)
+        if config.grad_checkpointing:
+            set_grad_checkpointing = getattr(model, "set_grad_checkpointing", None)
+            if set_grad_checkpointing is None:
+                raise ValueError(f"grad_checkpointing: model {config.model!r} has none")
+            set_grad_checkpointing()
+        if config.freeze_backbone:
+            model.requires_grad_(False)
+            classifier = _classifier(model)
+            if classifier is None or not list(classifier.parameters()):
+                raise ValueError(f"freeze_backbone: model {config.model!r} has no classifier to train")
+            classifier.requires_grad_(True)
+        return model
+
+    def _batches(self) -> tuple[int, int]:
+        """Images a batch and steps an epoch."""
+        shares = self.processes.count * self.config.accumulate
+        size = min(self.config.batch_size, len(self.data.train) // shares)
+        if self.config.mixes:
+            size -= size % 2
+        if size == 0:
+            raise ValueError(
+                f"{len(self.data.train)} training images are too few for {self.processes.count} processes times "
+                f"accumulate={self.config.accumulate}" + (" and pairs of images" if self.config.mixes else "")
+            )
+        return size, len(self.data.train) // (size * shares)
 
     @property
     def finished(self) -> bool:
@@ -160,7 +238,7 @@ class Trainer:
             CheckpointError: if there are checkpoints but none is readable, or it is of another run.
         """
         problems = []
-        for path in saved_states(self.out / CHECKPOINT_FOLDER):
+        for path in self.processes.from_first(saved_states(self.out / CHECKPOINT_FOLDER)):
             try:
                 state = load_state(path)
             except CheckpointError as error:
@@ -168,6 +246,7 @@ class Trainer:
                 self.progress.print(f"{error}; trying the one before")
                 continue
             self._take(state, path)
+            self._keep_if_best(path)
             return path
         if problems:
             raise CheckpointError(problems[0])
@@ -175,8 +254,11 @@ class Trainer:
 
     def start_anew(self) -> None:
         """Remove the checkpoints of an earlier run from the run's folder."""
-        for path in saved_states(self.out / CHECKPOINT_FOLDER):
-            path.unlink()
+        if self.processes.first:
+            for path in saved_states(self.out / CHECKPOINT_FOLDER):
+                path.unlink()
+            (self.out / CHECKPOINT_FOLDER / BEST_FILE).unlink(missing_ok=True)
+        self.processes.from_first(None)
 
     def run(self) -> list[EpochRecord]:
         """Train all epochs that are left, saving the state after each, and write the final weights.
@@ -203,82 +285,178 @@ class Trainer:
             NonFiniteLossError: if the loss is NaN or infinite.
         """
         self._compile_once()
-        self.model.train()
-        order = epoch_order(self.config.seed, self.epoch, len(self.data.train))
-        samples = order[self.step * self.batch_size : self.steps_per_epoch * self.batch_size]
-        augmentation = Augmentation(
-            self.config.mirror, self.config.shift, self.config.crop_scale, self.config.seed, self.epoch
+        self._set_training()
+        loader = self.data.train.batches(
+            self._samples(),
+            self.batch_size,
+            self._augmentation(),
+            self.config.workers,
+            skip_unreadable=self.config.unreadable == "skip",
         )
         last = time.perf_counter()
-        for images, labels in self.data.train.batches(samples, self.batch_size, augmentation, self.config.workers):
-            self._stop_if_asked(stop)
+        batches: list[Batch] = []
+        for batch in loader:
+            if not batches:
+                self._stop_if_asked(stop)
+            batches.append(batch)
+            if len(batches) < self.config.accumulate:
+                continue
             try:
-                self._train_step(images, labels)
+                self._train_step(batches)
             except RuntimeError:  # Ctrl-C in a terminal also ends a compiler that the first step waits for
                 self._stop_if_asked(stop)
                 raise
+            batches = []
             now = time.perf_counter()
             self._running.seconds += now - last
             last = now
             self._show_progress()
+            self._save_if_due()
         self._stop_if_asked(stop)
         return self._finish_epoch()
 
+    def _samples(self) -> Tensor:
+        """What this process still has to read in this epoch, in order."""
+        size, count, accumulate = len(self.data.train), self.processes.count, self.config.accumulate
+        order = epoch_order(self.config.seed, self.epoch, size)
+        if self.config.repeats > 1:
+            versions = torch.arange(self.config.repeats) * size
+            order = (order[: -(-size // self.config.repeats), None] + versions).flatten()[:size]
+        used = self.steps_per_epoch * accumulate * count * self.batch_size
+        return order[:used].view(-1, accumulate, count, self.batch_size)[self.step :, :, self.processes.rank].flatten()
+
+    def _augmentation(self) -> Augmentation:
+        config = self.config
+        return Augmentation(
+            config.mirror,
+            config.shift,
+            config.crop_scale,
+            config.seed,
+            self.epoch,
+            config.crop_mode,
+            config.auto_augment,
+            config.color_jitter,
+            config.random_erasing,
+        )
+
+    def _set_training(self) -> None:
+        self.model.train()
+        if self.config.freeze_backbone:
+            self.model.eval()
+
     def save(self) -> Path:
-        """Write the state of the training and the log.
+        """Write the state of the training and the logs.
 
         Raises:
             OSError: if it cannot be written; earlier states are then intact.
         """
+        total_steps = self.epoch * self.steps_per_epoch + self.step
+        path = state_path(self.out / CHECKPOINT_FOLDER, total_steps)
+        self._note_unreadable()
+        self._saved_at = time.monotonic()
+        if not self.processes.first:
+            return path
         state = TrainState(
             spec=self.spec,
             config=self.config,
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
+            ema=None if self.ema is None else self.ema.module.state_dict(),
+            scaler=self.scaler.state_dict(),
+            images_per_step=self._images_per_step(),
             epoch=self.epoch,
             step=self.step,
             running=asdict(self._running),
             history=[asdict(record) for record in self.history],
         )
-        total_steps = self.epoch * self.steps_per_epoch + self.step
-        path = save_state(self.out / CHECKPOINT_FOLDER, state, total_steps)
-        self._write_log()
+        save_state(path, state)
+        self._keep_if_best(path)
+        self._write_logs()
         return path
+
+    def _keep_if_best(self, path: Path) -> None:
+        if not self.processes.first or self.step or not self.history:
+            return
+        if all(record.best_accuracy < self.history[-1].best_accuracy for record in self.history[:-1]):
+            save_best(path)
+
+    def _images_per_step(self) -> int:
+        return self.batch_size * self.processes.count * self.config.accumulate
+
+    def _save_if_due(self) -> None:
+        """The clock of the first process decides for all; the end of an epoch is saved anyhow."""
+        minutes = self.config.save_minutes
+        due = minutes > 0 and self.processes.first and time.monotonic() - self._saved_at >= 60 * minutes
+        if self.processes.largest(int(due)) and self.step < self.steps_per_epoch:
+            self.save()
 
     def write_config(self) -> None:
         """Write the configuration as ``config.json``."""
+        if not self.processes.first:
+            return
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
         write_atomically(self.out / "config.json", lambda file: file.write(text.encode()))
 
     def write_weights(self) -> Path:
-        """Write the final weights as ``model.safetensors``."""
+        """Write the final weights as ``model.safetensors``, those averaged where there are any."""
         path = self.out / WEIGHTS_FILE
-        save_weights(path, self.model, self.spec, self.config)
+        if self.processes.first:
+            save_weights(path, self.model if self.ema is None else self.ema.module, self.spec, self.config)
         return path
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+    def _train_step(self, batches: list[Batch]) -> None:
+        """One step on one or more batches, whose gradients are averaged."""
         update = self.epoch * self.steps_per_epoch + self.step
         self.scheduler.step_update(update)
-        torch.manual_seed(derive_seed(self.config.seed, self.epoch, self.step))
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp):
-            logits = self.model(images)
-        loss = self.criterion(logits.float(), labels)
-        loss.backward()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the loss is {value} in epoch {self.epoch + 1}, step {self.step + 1} (learning rate {self.lr:.2e}); "
-                "try a lower lr, more warm-up or a smaller clip_grad"
-            )
+        for number, batch in enumerate(batches):
+            synchronise = number == len(batches) - 1 or self.processes.count == 1
+            with contextlib.nullcontext() if synchronise else self.network.no_sync():  # type: ignore[operator]
+                self._accumulate(number, batch)
         if self.config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
-        self._running.loss += value
-        self._running.correct += int((logits.detach().argmax(dim=1) == labels).sum())
-        self._running.images += len(labels)
+        if self.ema is not None:
+            self.ema.update(self.model, step=update)
+
+    def _accumulate(self, number: int, batch: Batch) -> None:
+        """Add one batch's share to the gradient; every image of all processes weighs the same."""
+        images, labels = (part.to(self.device, non_blocking=True) for part in (batch.images, batch.labels))
+        own = len(images)
+        if own == 0:  # nothing could be read, but the other processes wait for this one's gradient
+            images, labels = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1)
+        place = (self.config.seed, self.epoch, self.step, number, self.processes.rank)
+        images, targets = self.objective.mix(images, labels, derive_seed(*place, _MIXING))
+        torch.manual_seed(derive_seed(*place))
+        precision = _PRECISIONS[self.config.precision]
+        with torch.autocast(self.device.type, dtype=precision, enabled=precision is not torch.float32):
+            logits = self.network(images)
+        loss = self.objective(logits.float(), targets, images)
+        value = float(loss.detach())
+        correct = int((logits.detach().argmax(dim=1) == labels).sum()) if own else 0
+        finite = math.isfinite(value)
+        counts = [value * own if finite else 0.0, correct, own, len(batch.problems), 0.0 if finite else 1.0]
+        total_loss, total_correct, total_images, unreadable, diverged = self.processes.total(
+            torch.tensor(counts, dtype=torch.float64)
+        ).tolist()
+        if diverged:
+            raise NonFiniteLossError(
+                f"the loss is not finite ({value} here) in epoch {self.epoch + 1}, step {self.step + 1} (learning rate "
+                f"{self.lr:.2e}); try a lower lr, more warm-up or a smaller clip_grad; the last checkpoint is intact"
+            )
+        if total_images == 0:
+            raise ValueError(f"no image of a whole step can be read, for example {batch.problems[0]}")
+        share = own * self.processes.count / total_images / self.config.accumulate
+        self.scaler.scale(loss * share).backward()
+        running = self._running
+        running.loss += total_loss / total_images / self.config.accumulate
+        running.correct += int(total_correct)
+        running.images += int(total_images)
+        running.unreadable += int(unreadable)
+        self._unreadable += batch.problems
 
     @property
     def lr(self) -> float:
@@ -287,22 +465,31 @@ class Trainer:
 
     def _finish_epoch(self) -> EpochRecord:
         running = self._running
-        measured = evaluate(
-            self.model,
-            self.data.test,
-            max(self.batch_size, 250),
-            self.device,
-            mirrored=False,
-            workers=self.config.workers,
-            progress=self.progress,
+        measured, averaged = (
+            evaluate(
+                model,
+                self.data.test,
+                max(self.batch_size, 250),
+                self.device,
+                mirrored=False,
+                workers=self.config.workers,
+                progress=self.progress,
+                processes=self.processes,
+            )
+            if model is not None
+            else None
+            for model in (self.model, self.ema.module if self.ema is not None else None)
         )
+        assert measured is not None
         record = EpochRecord(
             epoch=self.epoch + 1,
             lr=self.lr,
             train_loss=running.loss / self.steps_per_epoch,
-            train_accuracy=running.correct / running.images,
+            train_accuracy=running.correct / max(running.images, 1),
             test_accuracy=measured.top1,
             test_top5=measured.top5,
+            ema_accuracy=None if averaged is None else averaged.top1,
+            unreadable=running.unreadable,
             seconds=running.seconds,
             images_per_second=running.images / max(running.seconds, 1e-9),
         )
@@ -311,8 +498,10 @@ class Trainer:
         return record
 
     def _stop_if_asked(self, stop: StopRequest | None) -> None:
-        signal_number = stop.requested() if stop is not None else None
-        if signal_number is not None:
+        """All processes stop together, wherever the signal came."""
+        own = stop.requested() if stop is not None else None
+        signal_number = self.processes.largest(int(own or 0))
+        if signal_number:
             self.progress.clear()
             raise TrainingInterrupted(self.save(), self.epoch, self.step, signal_number)
 
@@ -324,8 +513,16 @@ class Trainer:
                 f"{path}: is of another run: {name}={getattr(state.config, name)!r} there, "
                 f"{name}={getattr(self.config, name)!r} here; take another folder or start anew"
             )
+        if state.images_per_step != self._images_per_step():
+            raise CheckpointError(
+                f"{path}: made {state.images_per_step} images a step, here it would be {self._images_per_step()} "
+                f"({self.processes.count} processes times batch_size times accumulate); choose them so that it is equal"
+            )
         load_weights(self.model, state.model, path)
         try:
+            if self.ema is not None:
+                load_weights(self.ema.module, state.ema or {}, path)
+            self.scaler.load_state_dict(state.scaler)
             self.optimizer.load_state_dict(state.optimizer)
             self.history = [EpochRecord(**record) for record in state.history]  # type: ignore[arg-type]
             self._running = _Running(**state.running)  # type: ignore[arg-type]
@@ -355,12 +552,79 @@ class Trainer:
             f"{running.images / max(running.seconds, 1e-9):,.0f} images/s",
         )
 
-    def _write_log(self) -> None:
+    def _note_unreadable(self) -> None:
+        """List the images that could not be read since the last time in ``unreadable.txt``, each once."""
+        found = self.processes.gathered(self._unreadable)
+        self._unreadable = []
+        if not found or not self.processes.first:
+            return
+        path = self.out / "unreadable.txt"
+        known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = sorted({*known, *(" ".join(line.split()) for line in found)})
+        write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+
+    def _write_logs(self) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, list(EpochRecord.__dataclass_fields__))
         writer.writeheader()
-        writer.writerows(asdict(record) for record in self.history)
+        records = [asdict(record) for record in self.history]
+        writer.writerows(records)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
         write_atomically(self.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
+        write_atomically(self.out / "log.jsonl", lambda file: file.write(lines.encode()))
+        if self.config.tensorboard and self.step == 0 and self.history:
+            self._write_tensorboard(self.history[-1])
+
+    def _write_tensorboard(self, record: EpochRecord) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError('tensorboard needs its package: pip install "equiflop[tensorboard]"') from error
+        with SummaryWriter(str(self.out / "tensorboard"), purge_step=record.epoch) as writer:
+            for name, value in asdict(record).items():
+                if name != "epoch" and value is not None:
+                    writer.add_scalar(name, value, record.epoch)
+
+
+def start_from(model: nn.Module, source: str, input_size: tuple[int, int, int]) -> None:
+    """Take the weights of a trained network.
+
+    Position embeddings are resampled to the new input size; a classifier for another number of classes is not taken.
+
+    Args:
+        model: the network, freshly initialised.
+        source: what :func:`equiflop.training.load_model` reads.
+        input_size: (channels, height, width) of the network's input.
+
+    Raises:
+        ValueError: if the weights are of another network.
+    """
+    trained = load_model(source)
+    set_input_size = getattr(trained.model, "set_input_size", None)
+    if trained.spec.preprocessing.input_size != input_size and set_input_size is not None:
+        set_input_size(img_size=input_size[1:])
+    own, state = model.state_dict(), dict(trained.model.state_dict())
+    classifier = _classifier(model)
+    heads = {id(parameter) for parameter in classifier.parameters()} if classifier is not None else set()
+    head_names = {name for name, parameter in model.named_parameters() if id(parameter) in heads}
+    for name in head_names:
+        if name in state and state[name].shape != own[name].shape:
+            state[name] = own[name]
+    load_weights(model, state, source)
+
+
+def _classifier(model: nn.Module) -> nn.Module | None:
+    get_classifier = getattr(model, "get_classifier", None)
+    classifier = get_classifier() if get_classifier is not None else None
+    return classifier if isinstance(classifier, nn.Module) else None
+
+
+def _set_drop_path(model: nn.Module, rate: float) -> None:
+    """The same rate in every block, as published; timm's models grow it with depth."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if name in ("drop_path", "drop_path1", "drop_path2") and isinstance(child, (DropPath, nn.Identity)):
+                setattr(module, name, DropPath(rate))
 
 
 def _spec_for(config: TrainConfig, data: ImageData) -> ModelSpec:

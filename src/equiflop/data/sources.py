@@ -1,0 +1,194 @@
+"""Where images that are not in memory come from: folders, archives, and the data sets that timm has names for."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from equiflop.data.decode import decode_image, read_image
+
+_IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+class ImageSource(Protocol):
+    """Labelled images that can be read one at a time, in any order."""
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """The label of every image."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+        ...
+
+    def read(self, index: int, channels: int) -> Image.Image:
+        """One image, as :func:`equiflop.data.decode.read_image` gives it.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        ...
+
+
+class FolderImages:
+    """Image files in one sub-folder per class.
+
+    Args:
+        root: the folder that holds a folder per class (images may lie in folders below it).
+        classes: names of the classes, in the order of their labels; by default the names of the sub-folders, sorted.
+
+    Raises:
+        ValueError: if there is no image, or a sub-folder is not among ``classes``.
+    """
+
+    def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        self.classes = tuple(names if classes is None else classes)
+        unknown = sorted(set(names) - set(self.classes))
+        if unknown:
+            raise ValueError(f"{root / unknown[0]}: {unknown[0]!r} is not a class of the training images")
+        files = [(path, label) for label, name in enumerate(self.classes) for path in _image_files(root / name)]
+        if not files:
+            raise ValueError(f"{root}: holds no images (expected {root}/CLASS/*.jpg or other image files)")
+        self.files = [path for path, _ in files]
+        self.labels = [label for _, label in files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        """The file."""
+        return self.files[index]
+
+    def read(self, index: int, channels: int) -> Image.Image:
+        """See :class:`ImageSource`."""
+        return read_image(self.files[index], channels)
+
+
+class ShardImages:
+    """Images in WebDataset's tar files: ``KEY.jpg`` beside ``KEY.cls``, which holds the label as a number.
+
+    The members are found once, by their headers alone; then any image can be read by itself, so that training can stop
+    and go on anywhere. Labels in JSON (``KEY.json`` with ``"label"``) are understood as well.
+
+    Args:
+        shards: the tar files.
+
+    Raises:
+        ValueError: if a shard is damaged, or holds an image without a label or no image at all.
+    """
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self.members: list[tuple[Path, str, int, int]] = []
+        self.labels: list[int] = []
+        for shard in shards:
+            self._index(shard)
+        if not self.members:
+            raise ValueError(f"{', '.join(map(str, shards)) or 'no shard'}: holds no images")
+        self._open: dict[tuple[int, int, Path], Any] = {}
+
+    def _index(self, shard: Path) -> None:
+        images: dict[str, tuple[str, int, int]] = {}
+        labels: dict[str, int] = {}
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                for member in archive:
+                    if not member.isfile():
+                        continue
+                    key, extension = os.path.splitext(member.name)
+                    if extension.lower() in _IMAGE_EXTENSIONS:
+                        images[key] = (member.name, member.offset_data, member.size)
+                    elif extension in (".cls", ".json"):
+                        content = archive.extractfile(member)
+                        labels[key] = _label(content.read() if content else b"", extension)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise ValueError(f"{shard}: not a readable tar file ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{shard}: {member.name} is not a label ({error})") from error
+        for key, (name, offset, size) in images.items():
+            if key not in labels:
+                raise ValueError(f"{shard}: {name} has no label ({key}.cls)")
+            self.members.append((shard, name, offset, size))
+            self.labels.append(labels[key])
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, index: int) -> str:
+        """Shard and member."""
+        shard, name, _, _ = self.members[index]
+        return f"{shard}:{name}"
+
+    def read(self, index: int, channels: int) -> Image.Image:
+        """See :class:`ImageSource`."""
+        shard, _, offset, size = self.members[index]
+        key = (os.getpid(), threading.get_ident(), shard)  # every process and thread has its own place in the file
+        try:
+            if key not in self._open:
+                self._open[key] = open(shard, "rb")  # noqa: SIM115 (kept open)
+            file = self._open[key]
+            file.seek(offset)
+            return decode_image(file.read(size), channels, self.name(index))
+        except OSError as error:
+            raise ValueError(f"{self.name(index)}: cannot be read ({error})") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+class DatasetImages:
+    """A data set of torchvision or Hugging Face, as timm opens it: ``dataset[i]`` is (image, label).
+
+    Args:
+        dataset: the data set; its images are not transformed.
+        labels: the label of every image.
+        title: what to call it.
+    """
+
+    def __init__(self, dataset: Any, labels: Sequence[int], title: str) -> None:
+        self.dataset = dataset
+        self.labels = labels
+        self.title = title
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """Data set and number."""
+        return f"{self.title}[{index}]"
+
+    def read(self, index: int, channels: int) -> Image.Image:
+        """See :class:`ImageSource`."""
+        try:
+            image = self.dataset[index][0]
+        except Exception as error:  # whatever the library behind it raises, the image cannot be read
+            raise ValueError(f"{self.name(index)}: cannot be read ({error})") from error
+        return decode_image(image, channels, self.name(index))
+
+
+def _label(content: bytes, extension: str) -> int:
+    if extension == ".json":
+        import json
+
+        return int(json.loads(content)["label"])
+    return int(content.decode().strip())
+
+
+def _image_files(folder: Path) -> list[str]:
+    return sorted(
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if os.path.splitext(name)[1].lower() in _IMAGE_EXTENSIONS
+    )

@@ -1,0 +1,105 @@
+"""The processes that train one network together, started by torchrun; a single process is the simplest case."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from equiflop.training.device import pick_device
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: how many there are.
+        device: where this process computes.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str) -> Processes:
+        """Join the processes that torchrun started; alone without torchrun.
+
+        Raises:
+            ValueError: if the device does not exist, or there are fewer CUDA devices than processes on this machine.
+        """
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
+            return cls(0, 1, pick_device(device))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        chosen = pick_device(device)
+        if chosen.type == "cuda":
+            if local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"process {local} of this machine has no CUDA device of its own: there are "
+                    f"{torch.cuda.device_count()}; start fewer with --nproc-per-node, or use --device cpu"
+                )
+            chosen = torch.device("cuda", local)
+            torch.cuda.set_device(chosen)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        return cls(dist.get_rank(), dist.get_world_size(), chosen)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and talks."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over the processes."""
+        if self.count == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of a small tensor over the processes, on the CPU."""
+        if self.count == 1:
+            return values
+        shared = values.to(self.device, copy=True)
+        dist.all_reduce(shared)
+        return shared.cpu()
+
+    def largest(self, value: int) -> int:
+        """Largest of a number over the processes."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return int(shared)
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process has."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gathered(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes, one behind the other."""
+        if self.count == 1:
+            return values
+        lists: list[list[Any]] = [[] for _ in range(self.count)]
+        dist.all_gather_object(lists, values)
+        return [value for part in lists for value in part]
+
+
+def leave() -> None:
+    """Leave the group at the end of a program."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
