@@ -36,6 +36,18 @@ def test_every_model_is_covered() -> None:
     assert sorted(others) == sorted(SMALL)
 
 
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.filterwarnings("ignore:patch_size")
+def test_stages_of_convnext_shrink_where_those_of_timm_do(patch_size: int) -> None:
+    """Behind a stem of patch size 2 the first stage halves the resolution as well."""
+    images = torch.randn(1, 3, 64, 64)
+    ours, theirs = (
+        timm.create_model(name, patch_size=patch_size, **CONVNEXT) for name in ("flop_convnext_tiny", "convnext_tiny")
+    )
+    assert [info["reduction"] for info in ours.feature_info] == [info["reduction"] for info in theirs.feature_info]
+    assert ours.forward_features(images).shape == theirs.forward_features(images).shape
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_methods_of_timm(name: str) -> None:
     model, x = _small(name)

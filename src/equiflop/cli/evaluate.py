@@ -15,6 +15,11 @@ from equiflop.cli.options import device_option, json_option, workers_option
 @click.option("--model", help="In place of CHECKPOINT, with --pretrained: timm's name of a model.")
 @click.option("--pretrained", is_flag=True, help="Use the weights that timm publishes for --model (downloads them).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images at once.")
+@click.option("--per-class", is_flag=True, help="Also print the accuracy of every class.")
+@click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and say how many.")
+@click.option(
+    "--neighbours", type=click.IntRange(min=1), help="Also classify by this many nearest training images (k-NN)."
+)
 @device_option
 @workers_option
 @json_option
@@ -24,11 +29,14 @@ def command(
     model: str | None,
     pretrained: bool,
     batch_size: int,
+    per_class: bool,
+    skip_unreadable: bool,
+    neighbours: int | None,
     device: str,
     workers: int,
     as_json: bool,
 ) -> None:
-    """Measure a trained model: accuracy, and how often it changes its answer when the image is mirrored.
+    """Measure a trained model: accuracy, calibration, and how often its answer changes when the image is mirrored.
 
     CHECKPOINT is what equiflop train wrote: a run's folder, its model.safetensors or one of its checkpoints.
 
@@ -45,6 +53,7 @@ def command(
     from equiflop.data import open_data
     from equiflop.training import evaluate, load_model
     from equiflop.training.device import pick_device
+    from equiflop.training.neighbours import nearest_neighbour_accuracy
     from equiflop.training.prediction import Classifier
     from equiflop.training.progress import Progress
 
@@ -61,7 +70,22 @@ def command(
     images = open_data(data, preprocessing=classifier.preprocessing)
     classifier.check_classes(images.classes)
     progress = Progress(classifier.name)
-    result = evaluate(classifier.model.to(chosen), images.test, batch_size, chosen, workers=workers, progress=progress)
+    network = classifier.model.to(chosen)
+    result = evaluate(
+        network,
+        images.test,
+        batch_size,
+        chosen,
+        workers=workers,
+        progress=progress,
+        skip_unreadable=skip_unreadable,
+        classes=len(images.classes),
+    )
+    knn = None
+    if neighbours is not None:
+        knn = nearest_neighbour_accuracy(
+            network, images.train, images.test, neighbours, chosen, batch_size, workers, progress=progress
+        )
     progress.clear()
     if as_json:
         values = {
@@ -73,6 +97,14 @@ def command(
             "changed": result.changed,
             "changed_with_ties": result.changed_with_ties,
             "changed_share": result.changed_share,
+            "unreadable": result.unreadable,
+            "calibration_error": result.calibration_error,
+            "per_class": {
+                name: {"images": count, "correct": right}
+                for name, (count, right) in zip(images.classes, result.per_class or (), strict=True)
+            },
+            "neighbours": neighbours,
+            "neighbours_top1": knn,
         }
         click.echo(json.dumps(values, indent=2))
         return
@@ -83,3 +115,12 @@ def command(
         f"  answers that change if mirrored  {100 * (result.changed_share or 0):6.2f} %  "
         f"({result.changed:,} images; {result.changed_with_ties:,} with ties below 1e-5 counted)"
     )
+    click.echo(f"  expected calibration error       {100 * (result.calibration_error or 0):6.2f} %")
+    if knn is not None:
+        click.echo(f"  accuracy of {neighbours} neighbours".ljust(35) + f"{100 * knn:6.2f} %")
+    if result.unreadable:
+        click.echo(f"  left out: {result.unreadable:,} images that cannot be read")
+    if per_class:
+        for name, (count, right) in zip(images.classes, result.per_class or (), strict=True):
+            share = f"{100 * right / count:6.2f} %" if count else "no images"
+            click.echo(f"  {name:<32} {share}  ({right:,} of {count:,})")

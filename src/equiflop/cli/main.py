@@ -15,7 +15,11 @@ COMMANDS = {
     "check": ("equiflop.cli.check", "Test that a model is equivariant."),
     "bench": ("equiflop.cli.bench", "Time models beside their plain twins."),
     "train": ("equiflop.cli.train", "Train a model on images."),
-    "eval": ("equiflop.cli.evaluate", "Measure a trained model: accuracy, and answers that change with mirroring."),
+    "eval": (
+        "equiflop.cli.evaluate",
+        "Measure a trained model: accuracy, calibration, and answers that change with mirroring.",
+    ),
+    "plot": ("equiflop.cli.plot", "Compare training runs in a figure."),
     "predict": ("equiflop.cli.predict", "Classify image files."),
     "convert": ("equiflop.cli.convert", "Convert official weights."),
     "demo": ("equiflop.cli.demo", "Train a small E(ViT) and its plain twin side by side, in minutes."),

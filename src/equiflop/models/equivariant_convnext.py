@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,7 +127,7 @@ class EquivariantStem(nn.Module):
 
 
 class EquivariantConvNeXtStage(nn.Module):
-    """A 2x2 downsampling behind a norm (but in the first stage), then blocks.
+    """A 2x2 downsampling behind a norm (not in the first stage, but for a patch size of 2), then blocks.
 
     Args:
         in_rep: type of the input channels.
@@ -283,9 +284,9 @@ class EquivariantConvNeXt(ConvNeXt):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.stem = EquivariantStem(
-            self.reps[0], group, patch_size, in_chans, patch_size * 2 ** (len(dims) - 1), norm=True, **dd
-        )
+        strides = [2 if i > 0 or patch_size == 2 else 1 for i in range(len(dims))]  # as in timm
+        reductions = [patch_size * math.prod(strides[: i + 1]) for i in range(len(dims))]
+        self.stem = EquivariantStem(self.reps[0], group, patch_size, in_chans, reductions[-1], norm=True, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         kernels = to_ntuple(len(dims))(kernel_sizes)
         self.stages = nn.Sequential(
@@ -294,7 +295,7 @@ class EquivariantConvNeXt(ConvNeXt):
                     self.reps[max(i - 1, 0)],
                     rep,
                     group,
-                    downsample=i > 0,
+                    downsample=strides[i] == 2,
                     drop_path_rates=rates[i],
                     block_options={
                         "kernel_size": kernels[i],
@@ -308,7 +309,7 @@ class EquivariantConvNeXt(ConvNeXt):
             ]
         )
         self.feature_info = [
-            {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": reductions[i], "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
         self.num_features = dims[-1]
         self.norm_pre = nn.Identity()

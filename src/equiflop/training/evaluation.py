@@ -11,6 +11,8 @@ from equiflop.data import Split
 from equiflop.training.processes import Processes
 from equiflop.training.progress import Progress
 
+#: Bins of the expected calibration error (Guo et al., arXiv 1706.04599).
+CALIBRATION_BINS = 15
 #: A change of the predicted class counts only if the two best logits are at least this far apart: ties are not changes.
 TIE = 1e-5
 
@@ -27,6 +29,8 @@ class Evaluation:
             exceeds 1e-5; None if the mirrored images were not looked at.
         changed_with_ties: the same without regard to the gap.
         unreadable: images that could not be read and are not among the others.
+        per_class: (images, of them correct) of every class; None if the classes were not asked for.
+        calibration_error: expected calibration error over 15 bins, between 0 and 1; None likewise.
     """
 
     images: int
@@ -35,6 +39,8 @@ class Evaluation:
     changed: int | None = None
     changed_with_ties: int | None = None
     unreadable: int = 0
+    per_class: tuple[tuple[int, int], ...] | None = None
+    calibration_error: float | None = None
 
     @property
     def top1(self) -> float:
@@ -78,6 +84,7 @@ def evaluate(
     progress: Progress | None = None,
     processes: Processes | None = None,
     skip_unreadable: bool = False,
+    classes: int = 0,
 ) -> Evaluation:
     """Measure a classifier in evaluation mode, in the precision of its parameters.
 
@@ -93,13 +100,15 @@ def evaluate(
         progress: a line to keep up to date.
         processes: share the images among these; all of them get the counts of all images.
         skip_unreadable: leave out images that cannot be read, and count them.
+        classes: number of classes, to count them one by one and to measure the calibration.
 
     Raises:
         ValueError: if an image cannot be read (unless told to skip it), none can, or a logit is not finite.
     """
     was_training = model.training
     model.eval()
-    counts = torch.zeros(6, dtype=torch.int64)
+    counts = torch.zeros(6, dtype=torch.float64)
+    details = torch.zeros(2, classes, dtype=torch.float64), torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)
     batch_size = min(batch_size, len(split))
     rank, count = (processes.rank, processes.count) if processes is not None else (0, 1)
     samples = torch.arange(rank, len(split), count)
@@ -112,18 +121,40 @@ def evaluate(
                     logits = _finite_logits(model, images)[: len(batch.images)]
                     other = _finite_logits(model, images.flip(-1))[: len(batch.images)] if mirrored else logits
                     counts[:4] += _count(logits, other, batch.labels)
+                    if classes:
+                        _add_details(*details, logits, batch.labels)
                 if progress is not None:
                     progress.note(f"measuring {int(counts[4:].sum()) * count:,} of {len(split):,} images")
     finally:
         model.train(was_training)
     if processes is not None:
         counts = processes.total(counts)
-    correct, correct_top5, changed, changed_with_ties, done, unreadable = counts.tolist()
+        details = processes.total(details[0]), processes.total(details[1])
+    correct, correct_top5, changed, changed_with_ties, done, unreadable = (int(count) for count in counts)
     if not done:
         raise ValueError(f"none of the {len(split):,} test images can be read")
-    if not mirrored:
-        return Evaluation(done, correct, correct_top5, unreadable=unreadable)
-    return Evaluation(done, correct, correct_top5, changed, changed_with_ties, unreadable)
+    return Evaluation(
+        done,
+        correct,
+        correct_top5,
+        changed if mirrored else None,
+        changed_with_ties if mirrored else None,
+        unreadable,
+        tuple((int(images), int(right)) for images, right in details[0].T) if classes else None,
+        float((details[1][0] - details[1][1]).abs().sum() / done) if classes else None,
+    )
+
+
+def _add_details(per_class: Tensor, bins: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Add images and correct ones to ``(2, classes)``; confidence, correctness and number to ``(3, bins)``."""
+    confidence, answers = logits.double().softmax(dim=1).max(dim=1)
+    right = (answers == labels).double()
+    one = torch.ones_like(right)
+    per_class[0].index_add_(0, labels, one)
+    per_class[1].index_add_(0, labels, right)
+    index = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+    for row, values in zip(bins, (confidence, right, one), strict=True):
+        row.index_add_(0, index, values)
 
 
 def _filled(images: Tensor, batch_size: int) -> Tensor:

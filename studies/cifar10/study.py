@@ -1,0 +1,289 @@
+"""Accuracy per MAC on CIFAR-10: plain networks with mirrored training images against their equivariant twins.
+
+    python studies/cifar10/study.py run --data FOLDER      # resumes; FOLDER/train/CLASS/*.jpg, FOLDER/test/CLASS/*.jpg
+    python studies/cifar10/study.py run                    # downloads CIFAR-10 by torchvision
+    python studies/cifar10/study.py report                 # writes README.md's tables and accuracy.png
+
+Every finished run is one line of results.jsonl; a run that was stopped goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+from torch import Tensor, nn
+
+import equiflop
+from equiflop.benchmark.machine import describe_machine
+from equiflop.data import ImageData, MemorySplit, Preprocessing
+from equiflop.data.decode import decode_image, read_image
+from equiflop.nn import Mlp
+from equiflop.nn.activation import FourierActivation
+from equiflop.training import MirrorAveraged, TrainConfig, Trainer, evaluate
+from equiflop.training.checkpoint import write_atomically
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.jsonl"
+NORMALISATION = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+RECIPE = {"epochs": 6, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 1.0, "shift": 2}
+
+
+@register_model
+def study_resmlp(
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Any = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> MlpMixer:
+    """timm's ResMLP with any patch size, width and depth; its own names fix them."""
+    return MlpMixer(mlp_ratio=4, block_layer=partial(ResBlock, init_values=0.1), norm_layer=Affine, **kwargs)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a network of a family, what is special about it, and a seed."""
+
+    family: str
+    variant: str
+    model: str
+    keywords: dict[str, Any] = field(compare=False)
+    seed: int
+    activation: str = "spatial"
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and of its line in the results."""
+        return f"{self.family}-{self.variant}-seed{self.seed}"
+
+
+def main_runs(seeds: int) -> Iterator[Run]:
+    """Plain, E of the same width, E widened to the MACs of plain; all seeds of the first before the next seed."""
+    for seed in range(seeds):
+        vit = {"patch_size": 4, "depth": 4, "num_heads": 4, "init_values": 1.0}
+        yield Run("vit", "plain", "deit3_small_patch16_224", {**vit, "embed_dim": 96}, seed)
+        yield Run("vit", "E", "flop_deit3_small_patch16_224", {**vit, "embed_dim": 96}, seed)
+        yield Run("vit", "E-wide", "flop_deit3_small_patch16_224", {**vit, "embed_dim": 128}, seed)
+        mlp = {"patch_size": 4, "num_blocks": 6}
+        yield Run("resmlp", "plain", "study_resmlp", {**mlp, "embed_dim": 96, "img_size": 32}, seed)
+        yield Run("resmlp", "E", "flop_resmlp_12_224", {**mlp, "embed_dim": 96}, seed)
+        yield Run("resmlp", "E-wide", "flop_resmlp_12_224", {**mlp, "embed_dim": 136}, seed)
+        conv = {"depths": [2, 2, 2, 2], "ls_init_value": 1.0}
+        yield Run("convnext", "plain", "convnext_tiny", {**conv, "dims": [80, 160, 320, 640]}, seed)
+        yield Run("convnext", "E", "flop_convnext_tiny", {**conv, "dims": [80, 160, 320, 640]}, seed)
+        yield Run("convnext", "E-wide", "flop_convnext_tiny", {**conv, "dims": [112, 224, 448, 896]}, seed)
+
+
+def ablations() -> Iterator[Run]:
+    """Variations of E(ViT), one seed each."""
+    vit = {"patch_size": 4, "depth": 4, "num_heads": 4, "init_values": 1.0, "embed_dim": 96}
+    name = "flop_deit3_small_patch16_224"
+    for activation in ("odd", "gated"):
+        yield Run("vit", f"E-act-{activation}", name, vit, 0, activation)
+    yield Run("vit", "E-invariants-norm", name, {**vit, "invariants": "norm"}, 0)
+    for k in (1, 2, 3):
+        yield Run("vit", f"hybrid-{k}-of-4", "flop_hybrid_deit3_small_patch16_224", {**vit, "equivariant_depth": k}, 0)
+
+
+class SignActivation(FourierActivation):
+    """A nonlinearity on the irreps themselves, in place of one in the spatial domain.
+
+    Invariant channels take GELU; sign-flipping ones must take an odd function of themselves: ``b sigmoid(1.702 |b|)``
+    ("odd"), or are gated by the invariant channels, ``b sigmoid(a)`` ("gated").
+    """
+
+    kind = "odd"
+
+    def forward_blocks(self, blocks: Any, overwrite: bool = False) -> list[Tensor]:
+        """See :class:`FourierActivation`; the scales that belong to its transforms are undone and applied again."""
+        (a, b), scales = blocks, self.irrep_scales
+        a, b = a / scales[0], b / scales[1]
+        gate = 1.702 * b.abs() if self.kind == "odd" else a
+        return [F.gelu(a) / scales[0], b * torch.sigmoid(gate) / scales[1]]
+
+
+def replace_activation(model: nn.Module, kind: str) -> None:
+    """Let the MLPs of an E network use another nonlinearity."""
+    for module in model.modules():
+        if isinstance(module, Mlp):
+            module.act.__class__ = SignActivation
+            module.act.kind = kind  # type: ignore[assignment]
+
+
+def load_images(source: str | None) -> ImageData:
+    """CIFAR-10 in memory, from JPEG files or from torchvision."""
+    splits, classes = [], ()
+    for part in ("train", "test"):
+        if source is None:
+            from torchvision.datasets import CIFAR10
+
+            data = CIFAR10(str(Path.home() / ".cache" / "equiflop"), train=part == "train", download=True)
+            classes = tuple(data.classes)
+            pictures = [(decode_image(image, 3, part), label) for image, label in data]
+        else:
+            folder = Path(source) / part
+            classes = tuple(sorted(place.name for place in folder.iterdir() if place.is_dir()))
+            pictures = [
+                (read_image(path), label)
+                for label, name in enumerate(classes)
+                for path in sorted((folder / name).iterdir())
+            ]
+        images = torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image, _ in pictures])
+        images = images.view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()
+        splits.append(MemorySplit(images, torch.tensor([label for _, label in pictures]), NORMALISATION))
+    return ImageData("CIFAR-10", source or "torchvision", classes, splits[0], splits[1])
+
+
+def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
+    """Train (or go on), measure, and give the line of the results."""
+    config = TrainConfig(
+        model=run.model,
+        data="CIFAR-10",
+        out=str(folder / run.name),
+        model_kwargs=run.keywords,
+        seed=run.seed,
+        device="cpu",
+        keep_checkpoints=1,
+        save_minutes=1.0,
+        **RECIPE,  # type: ignore[arg-type]
+    )
+    trainer = Trainer(config, data)
+    if run.activation != "spatial":
+        replace_activation(trainer.model, run.activation)
+    trainer.resume()
+    trainer.run()
+    start = time.perf_counter()
+    alone = evaluate(trainer.model, data.test, 500, trainer.device, classes=len(data.classes))
+    seconds = time.perf_counter() - start
+    averaged = evaluate(MirrorAveraged(trainer.model), data.test, 500, trainer.device)
+    return {
+        "run": run.name,
+        "family": run.family,
+        "variant": run.variant,
+        "seed": run.seed,
+        "macs": equiflop.macs(trainer.model, (3, 32, 32)),
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "accuracy": alone.top1,
+        "accuracy_both_views": averaged.top1,
+        "calibration_error": alone.calibration_error,
+        "changed_when_mirrored": alone.changed_share,
+        "train_loss": trainer.history[-1].train_loss,
+        "train_seconds": sum(record.seconds for record in trainer.history),
+        "test_seconds_both_views": seconds,
+        "config": config.to_dict() | {"out": run.name},
+        "machine": describe_machine(torch.device("cpu")),
+    }
+
+
+def finished() -> list[dict[str, Any]]:
+    """The results so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def run_all(data_folder: str | None, folder: Path, seeds: int) -> None:
+    """All runs that are not in the results yet."""
+    data: ImageData | None = None
+    for run in [*main_runs(seeds), *ablations()]:
+        done = finished()
+        if any(record["run"] == run.name for record in done):
+            continue
+        data = data or load_images(data_folder)
+        record = execute(run, data, folder)
+        text = "".join(json.dumps(line) + "\n" for line in [*finished(), record])
+        write_atomically(RESULTS, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        print(f"{run.name}: {100 * record['accuracy']:.2f} %", flush=True)
+
+
+def report() -> None:
+    """Tables and figure from the results."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for record in finished():
+        groups[record["family"], record["variant"]].append(record)
+    lines = [
+        "| network | MACs M | parameters M | seeds | accuracy % | both views % | changed when mirrored % | training s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (family, variant), records in groups.items():
+        cells = [
+            f"{family} {variant}",
+            f"{records[0]['macs'] / 1e6:.1f}",
+            f"{records[0]['parameters'] / 1e6:.3f}",
+            str(len(records)),
+            _spread([100 * record["accuracy"] for record in records]),
+            _spread([100 * record["accuracy_both_views"] for record in records]),
+            _spread([100 * (record["changed_when_mirrored"] or 0) for record in records]),
+            f"{statistics.mean(record['train_seconds'] for record in records):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    page = HERE / "README.md"
+    head, _, rest = page.read_text().partition("<!-- table -->")
+    _, _, tail = rest.partition("<!-- end of table -->")
+    table = "\n".join(lines)
+    page.write_text(f"{head}<!-- table -->\n{table}\n<!-- end of table -->{tail}")
+    _draw(groups)
+    print(table)
+
+
+def _spread(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def _draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    markers = {"plain": "s", "E": "o", "E-wide": "^"}
+    colours = {"vit": "tab:blue", "resmlp": "tab:orange", "convnext": "tab:green"}
+    for (family, variant), records in groups.items():
+        if variant not in markers:
+            continue
+        values = [100 * record["accuracy"] for record in records]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        axes.errorbar(
+            records[0]["macs"] / 1e6,
+            statistics.mean(values),
+            yerr=spread,
+            marker=markers[variant],
+            color=colours[family],
+            label=f"{family} {variant}",
+            linestyle="none",
+            capsize=3,
+        )
+    axes.set(xlabel="MACs of an image in millions", ylabel="test accuracy in %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(HERE / "accuracy.png", dpi=120)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--data", help="folder with train/CLASS/* and test/CLASS/*; default: torchvision's CIFAR-10")
+    parser.add_argument("--out", default="runs/study-cifar10", help="folder for checkpoints")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    if options.what == "run":
+        run_all(options.data, Path(options.out), options.seeds)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
