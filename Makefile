@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test soak check lint types clean
 
 demo: $(STAMP)
 	$(BIN)/equiflop demo
@@ -11,11 +11,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal
 
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py --kills 30
+
 check: lint types test
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests examples benchmarks docs
-	$(BIN)/ruff format --check src tests examples benchmarks docs
+	$(BIN)/ruff check src tests examples benchmarks docs studies
+	$(BIN)/ruff format --check src tests examples benchmarks docs studies
 
 types: $(STAMP)
 	$(BIN)/mypy

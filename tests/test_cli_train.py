@@ -51,6 +51,7 @@ def trained(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_train_writes_what_it_promises(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
+        ".lock",
         "checkpoints",
         "config.json",
         "log.csv",

@@ -1,8 +1,10 @@
 """Training: exact resume, files that survive accidents, and measurements that count what they say."""
 
 import errno
+import os
 import pickle
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from equiflop.training import (
     evaluate,
     load_model,
 )
-from equiflop.training.checkpoint import load_state, save_weights, saved_states
+from equiflop.training.checkpoint import load_state, remove_leftovers, save_weights, saved_states, sole_user
 from equiflop.training.device import pick_device
 from equiflop.training.interrupt import StopRequest
 
@@ -219,6 +221,27 @@ class TestFiles:
         assert error.value.filename is not None and error.value.filename.endswith("step-00000016.pt")
         assert {path.name for path in before.parent.iterdir()} == {before.name, "best.pt"}
         assert load_state(before).epoch == 1
+
+    def test_a_second_training_in_the_same_folder_is_refused(self, tmp_path: Path) -> None:
+        with sole_user(tmp_path), pytest.raises(ValueError, match="another process is training there"):
+            Trainer(config_for(tmp_path), toy_data()).run()
+        assert saved_states(tmp_path / "checkpoints") == []
+
+    def test_half_written_files_of_killed_processes_go(self, tmp_path: Path) -> None:
+        folder = tmp_path / "checkpoints"
+        folder.mkdir()
+        dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+        names = [f".step-00000001.pt.{dead}", f".step-00000001.pt.{os.getppid()}", ".hidden.txt"]
+        for name in names:
+            (folder / name).write_bytes(b"half")
+        remove_leftovers(folder)
+        assert {path.name for path in folder.iterdir()} == set(names[1:])
+
+    def test_the_best_state_is_kept(self, tmp_path: Path) -> None:
+        trainer = Trainer(config_for(tmp_path, keep_checkpoints=1), toy_data())
+        trainer.run()
+        best = max(trainer.history, key=lambda record: record.test_accuracy)
+        assert load_state(tmp_path / "checkpoints" / "best.pt").epoch == best.epoch
 
     def test_others_may_read_what_the_umask_lets_them(self, uninterrupted: Trainer) -> None:
         reference = Path(uninterrupted.config.out) / "reference"

@@ -214,7 +214,7 @@ def report() -> None:
     for record in finished():
         groups[record["family"], record["variant"]].append(record)
     lines = [
-        "| network | MACs M | parameters M | seeds | accuracy % | both views % | changed when mirrored % | training s |",
+        "| network | MACs M | parameters M | seeds | accuracy % | both views % | changes if mirrored % | training s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (family, variant), records in groups.items():

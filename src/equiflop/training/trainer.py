@@ -29,10 +29,12 @@ from equiflop.training.checkpoint import (
     load_model,
     load_state,
     load_weights,
+    remove_leftovers,
     save_best,
     save_state,
     save_weights,
     saved_states,
+    sole_user,
     state_path,
     write_atomically,
 )
@@ -268,13 +270,17 @@ class Trainer:
             NonFiniteLossError: if the loss is NaN or infinite.
             OSError: if a file cannot be written; earlier ones are then intact.
         """
-        self.write_config()
-        with StopRequest() as stop:
+        alone = sole_user(self.out) if self.processes.first else contextlib.nullcontext()
+        with alone, StopRequest() as stop:
+            if self.processes.first:
+                remove_leftovers(self.out)
+                remove_leftovers(self.out / CHECKPOINT_FOLDER)
+            self.write_config()
             while not self.finished:
                 record = self.run_epoch(stop)
                 self.progress.print(record.summary(self.config.epochs))
                 self.save()
-        self.write_weights()
+            self.write_weights()
         return self.history
 
     def run_epoch(self, stop: StopRequest | None = None) -> EpochRecord:
