@@ -115,15 +115,16 @@ def _draw_speedup(axes: Axes, entries: Sequence[Entry]) -> None:
     settings = sorted({(e.step, e.mode, e.batch_size) for e, _ in pairs})
     for step, mode, batch in settings:
         here = sorted(
-            (p.macs / 1e9, e.speedup) for e, p in pairs if (e.step, e.mode, e.batch_size) == (step, mode, batch)
+            ((p.macs / 1e9, e.speedup) for e, p in pairs if (e.step, e.mode, e.batch_size) == (step, mode, batch)),
+            key=lambda point: (point[0], point[1].median),
         )
         medians = [speedup.median for _, speedup in here]
         ranges = [[s.median - s.lowest for _, s in here], [s.highest - s.median for _, s in here]]
         label = f"{step}, {mode}, batch {batch}"
-        axes.errorbar([macs for macs, _ in here], medians, ranges, marker="o", capsize=2, linewidth=1, label=label)
+        axes.errorbar([macs for macs, _ in here], medians, ranges, marker="o", capsize=2, linestyle="none", label=label)
     ceiling = sorted({(p.macs / 1e9, p.macs / e.macs) for e, p in pairs})
     if ceiling:
-        axes.plot([x for x, _ in ceiling], [y for _, y in ceiling], "k--", linewidth=1, label="ratio of MACs")
+        axes.plot([x for x, _ in ceiling], [y for _, y in ceiling], "k_", markersize=10, label="ratio of MACs")
     axes.axhline(1.0, color="#bbbbbb", linewidth=1)
     axes.set_xscale("log")
     _tidy(axes, "MACs of the plain network (G)", "times as fast as plain")

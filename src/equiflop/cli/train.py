@@ -114,12 +114,10 @@ def _configuration(model: str | None, recipe: str | None, amp: bool, given: dict
     given = {name: value for name, value in given.items() if value is not None}
     if amp:
         given.setdefault("precision", "bfloat16")
-    if model is not None and recipe and model != options.get("model"):
-        keywords = {**(options.get("model_kwargs") or {}), **keywords}
-        options.pop("model_kwargs", None)
     options |= given
     options["model"] = model or options.get("model")
-    options["model_kwargs"] = {**(options.get("model_kwargs") or {}), **keywords}
+    if keywords:
+        options["model_kwargs"] = {**dict(options.get("model_kwargs") or {}), **keywords}
     if options["model"] is None:
         raise click.UsageError("give MODEL, or --recipe NAME with one")
     if "data" not in options:

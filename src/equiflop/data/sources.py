@@ -114,7 +114,7 @@ class ShardImages:
                         labels[key] = _label(content.read() if content else b"", extension)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise ValueError(f"{shard}: not a readable tar file ({error})") from error
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{shard}: {member.name} is not a label ({error})") from error
         for key, (name, offset, size) in images.items():
             if key not in labels:

@@ -8,8 +8,11 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
-#: Fields that may change between an interrupted run and its continuation: they do not change the result.
+#: Fields that may change between an interrupted run and its continuation: they do not change the result, or (batches
+#: shared out otherwise, such that a step has as many images) by rounding and by other random numbers alone.
 _FREE_ON_RESUME = (
+    "batch_size",
+    "accumulate",
     "out",
     "compile",
     "device",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import math
 import time
@@ -12,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -26,7 +23,6 @@ from equiflop.training.checkpoint import (
     WEIGHTS_FILE,
     CheckpointError,
     TrainState,
-    load_model,
     load_state,
     load_weights,
     remove_leftovers,
@@ -44,8 +40,10 @@ from equiflop.training.evaluation import evaluate
 from equiflop.training.interrupt import StopRequest
 from equiflop.training.model_spec import ModelSpec, check_model_name, input_keywords
 from equiflop.training.objective import Objective
+from equiflop.training.preparation import classifier_of, set_drop_path, start_from
 from equiflop.training.processes import Processes
 from equiflop.training.progress import Progress, Silence
+from equiflop.training.records import UNREADABLE_FILE, EpochRecord, add_lines, write_logs, write_tensorboard
 
 _INITIALISATION = 0x1217  # what seeds the initial weights, apart from the seed itself
 _MIXING = 0x313  # likewise what seeds Mixup and CutMix
@@ -68,49 +66,6 @@ class TrainingInterrupted(Exception):  # noqa: N818 (not an error)
         super().__init__(f"stopped in epoch {epoch + 1} after step {step}; state saved in {checkpoint}")
         self.checkpoint = checkpoint
         self.signal_number = signal_number
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What one epoch gave.
-
-    Attributes:
-        epoch: its number, from 1.
-        lr: learning rate of its last step.
-        train_loss: mean over its steps, label smoothing included.
-        train_accuracy: share of training images classified rightly as they came by (mixed ones by their own label).
-        test_accuracy: share of test images classified rightly after it.
-        test_top5: share of test images whose class is among the best five.
-        ema_accuracy: the same as test_accuracy for the averaged weights; None if there are none.
-        unreadable: training images that could not be read and were left out.
-        seconds: training time, measuring not included.
-        images_per_second: training images per second.
-    """
-
-    epoch: int
-    lr: float
-    train_loss: float
-    train_accuracy: float
-    test_accuracy: float
-    test_top5: float
-    ema_accuracy: float | None
-    unreadable: int
-    seconds: float
-    images_per_second: float
-
-    @property
-    def best_accuracy(self) -> float:
-        """Of the averaged weights where there are any."""
-        return self.test_accuracy if self.ema_accuracy is None else self.ema_accuracy
-
-    def summary(self, epochs: int) -> str:
-        """One line for people; ``epochs`` is how many there will be."""
-        average = "" if self.ema_accuracy is None else f" (average {100 * self.ema_accuracy:.2f} %)"
-        left_out = f"  {self.unreadable:,} unreadable images left out" if self.unreadable else ""
-        return (
-            f"epoch {self.epoch}/{epochs}  loss {self.train_loss:.3f}  train {100 * self.train_accuracy:.2f} %  "
-            f"test {100 * self.test_accuracy:.2f} %{average}  {self.images_per_second:,.0f} images/s{left_out}"
-        )
 
 
 @dataclass
@@ -198,7 +153,7 @@ class Trainer:
         if config.start_from:
             start_from(model, config.start_from, self.data.preprocessing.input_size)
         if config.drop_path and config.drop_path_schedule == "constant":
-            _set_drop_path(model, config.drop_path)
+            set_drop_path(model, config.drop_path)
         if config.grad_checkpointing:
             set_grad_checkpointing = getattr(model, "set_grad_checkpointing", None)
             if set_grad_checkpointing is None:
@@ -206,7 +161,7 @@ class Trainer:
             set_grad_checkpointing()
         if config.freeze_backbone:
             model.requires_grad_(False)
-            classifier = _classifier(model)
+            classifier = classifier_of(model)
             if classifier is None or not list(classifier.parameters()):
                 raise ValueError(f"freeze_backbone: model {config.model!r} has no classifier to train")
             classifier.requires_grad_(True)
@@ -377,7 +332,9 @@ class Trainer:
         )
         save_state(path, state)
         self._keep_if_best(path)
-        self._write_logs()
+        write_logs(self.out, self.history)
+        if self.config.tensorboard and self.step == 0 and self.history:
+            write_tensorboard(self.out, self.history[-1])
         return path
 
     def _keep_if_best(self, path: Path) -> None:
@@ -426,7 +383,7 @@ class Trainer:
         self.scaler.update()
         self.step += 1
         if self.ema is not None:
-            self.ema.update(self.model, step=update)
+            self.ema.update(self.model, step=update + 1)
 
     def _accumulate(self, number: int, batch: Batch) -> None:
         """Add one batch's share to the gradient; every image of all processes weighs the same."""
@@ -559,78 +516,10 @@ class Trainer:
         )
 
     def _note_unreadable(self) -> None:
-        """List the images that could not be read since the last time in ``unreadable.txt``, each once."""
         found = self.processes.gathered(self._unreadable)
         self._unreadable = []
-        if not found or not self.processes.first:
-            return
-        path = self.out / "unreadable.txt"
-        known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        lines = sorted({*known, *(" ".join(line.split()) for line in found)})
-        write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-
-    def _write_logs(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(EpochRecord.__dataclass_fields__))
-        writer.writeheader()
-        records = [asdict(record) for record in self.history]
-        writer.writerows(records)
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomically(self.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
-        write_atomically(self.out / "log.jsonl", lambda file: file.write(lines.encode()))
-        if self.config.tensorboard and self.step == 0 and self.history:
-            self._write_tensorboard(self.history[-1])
-
-    def _write_tensorboard(self, record: EpochRecord) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError('tensorboard needs its package: pip install "equiflop[tensorboard]"') from error
-        with SummaryWriter(str(self.out / "tensorboard"), purge_step=record.epoch) as writer:
-            for name, value in asdict(record).items():
-                if name != "epoch" and value is not None:
-                    writer.add_scalar(name, value, record.epoch)
-
-
-def start_from(model: nn.Module, source: str, input_size: tuple[int, int, int]) -> None:
-    """Take the weights of a trained network.
-
-    Position embeddings are resampled to the new input size; a classifier for another number of classes is not taken.
-
-    Args:
-        model: the network, freshly initialised.
-        source: what :func:`equiflop.training.load_model` reads.
-        input_size: (channels, height, width) of the network's input.
-
-    Raises:
-        ValueError: if the weights are of another network.
-    """
-    trained = load_model(source)
-    set_input_size = getattr(trained.model, "set_input_size", None)
-    if trained.spec.preprocessing.input_size != input_size and set_input_size is not None:
-        set_input_size(img_size=input_size[1:])
-    own, state = model.state_dict(), dict(trained.model.state_dict())
-    classifier = _classifier(model)
-    heads = {id(parameter) for parameter in classifier.parameters()} if classifier is not None else set()
-    head_names = {name for name, parameter in model.named_parameters() if id(parameter) in heads}
-    for name in head_names:
-        if name in state and state[name].shape != own[name].shape:
-            state[name] = own[name]
-    load_weights(model, state, source)
-
-
-def _classifier(model: nn.Module) -> nn.Module | None:
-    get_classifier = getattr(model, "get_classifier", None)
-    classifier = get_classifier() if get_classifier is not None else None
-    return classifier if isinstance(classifier, nn.Module) else None
-
-
-def _set_drop_path(model: nn.Module, rate: float) -> None:
-    """The same rate in every block, as published; timm's models grow it with depth."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if name in ("drop_path", "drop_path1", "drop_path2") and isinstance(child, (DropPath, nn.Identity)):
-                setattr(module, name, DropPath(rate))
+        if found and self.processes.first:
+            add_lines(self.out / UNREADABLE_FILE, found)
 
 
 def _spec_for(config: TrainConfig, data: ImageData) -> ModelSpec:

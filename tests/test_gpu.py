@@ -1,0 +1,50 @@
+"""The same code on a CUDA device, against the CPU. Counted as skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import equiflop
+from equiflop.benchmark.compare import BenchConfig, compare
+from oracles import relative_error
+from small_vits import DESIGNS, images_for, scrambled, small_vit
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", [*DESIGNS.values(), "octic_deit3_small_patch16_224"])
+def test_logits_and_gradients_are_those_of_the_cpu(name: str, compiled: bool) -> None:
+    model = scrambled(small_vit(name, dtype=torch.float32))
+    images = images_for(model)
+    there = copy.deepcopy(model).cuda()
+    network = torch.compile(there) if compiled else there
+    model(images).square().sum().backward()
+    network(images.cuda()).square().sum().backward()
+    with torch.no_grad():
+        assert relative_error(network(images.cuda()).cpu(), model(images)) < 1e-4
+    for ours, theirs in zip(model.parameters(), there.parameters(), strict=True):
+        if ours.grad is not None and theirs.grad is not None:
+            assert relative_error(theirs.grad.cpu(), ours.grad) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equivariance(dtype: torch.dtype) -> None:
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    model = scrambled(small_vit()).to("cuda", dtype)
+    images = images_for(model).to("cuda", dtype)
+    with torch.no_grad():
+        assert relative_error(model(images.flip(-1)), model(images)) < bound
+
+
+def test_inference_form_and_benchmark() -> None:
+    model = scrambled(small_vit()).cuda()
+    images = images_for(model).cuda()
+    with torch.no_grad():
+        assert relative_error(equiflop.optimize_for_inference(model)(images), model(images)) < 1e-4
+    config = BenchConfig(modes=("eager",), batch_sizes=(2,), rounds=1, seconds=0.01, memory=True, settings={"depth": 1})
+    entries = compare("flop_deit3_small_patch16_224", config, torch.device("cuda"))
+    assert len(entries) == 2
