@@ -93,7 +93,9 @@ def test_parts_of_the_batch_give_the_whole(name: str, batch: int, monkeypatch: p
     mlp = scramble(Mlp(rep, Rep.regular(g, 8), dtype=torch.float64)).eval()
     x = torch.randn(batch, 7, rep.dim, dtype=torch.float64)
     expected = mlp(x).detach()
-    monkeypatch.setattr("equiflop.nn.mlp._HIDDEN_BYTES", 3 * 7 * 8 * g.order * 8)  # three of the batch at a time
+    three = 3 * 7 * 8 * g.order * 8  # bytes of three of the batch
+    monkeypatch.setattr("equiflop.nn.mlp._PART_BYTES", three)
+    monkeypatch.setattr("equiflop.nn.mlp._LARGE_BYTES", three)
     sizes = counting(monkeypatch)
     with torch.no_grad():
         found = mlp(x)
@@ -104,7 +106,8 @@ def test_parts_of_the_batch_give_the_whole(name: str, batch: int, monkeypatch: p
 def test_gradients_and_training_are_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     rep = Rep.regular(group("C2"), 2)
     mlp = Mlp(rep, Rep.regular(group("C2"), 8))
-    monkeypatch.setattr("equiflop.nn.mlp._HIDDEN_BYTES", 1)
+    monkeypatch.setattr("equiflop.nn.mlp._PART_BYTES", 1)
+    monkeypatch.setattr("equiflop.nn.mlp._LARGE_BYTES", 1)
     sizes = counting(monkeypatch)
     mlp.eval()(torch.randn(4, 3, 4))
     with torch.no_grad():
@@ -115,7 +118,8 @@ def test_gradients_and_training_are_never_cut(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_compiled_network_takes_every_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equiflop.nn.mlp._HIDDEN_BYTES", 10_000)
+    monkeypatch.setattr("equiflop.nn.mlp._PART_BYTES", 10_000)
+    monkeypatch.setattr("equiflop.nn.mlp._LARGE_BYTES", 10_000)
     model = scramble(small_vit())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

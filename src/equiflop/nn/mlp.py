@@ -14,9 +14,11 @@ from equiflop.nn.blocks import join, split
 from equiflop.nn.dropout import Dropout
 from equiflop.nn.linear import Linear
 
-#: Without gradients a CPU computes hidden features in parts of the batch of about this many bytes, which stay in its
-#: caches and, unlike larger ones, are not given back to the system after every layer.
-_HIDDEN_BYTES = 5_000_000
+#: Without gradients a CPU computes hidden features beyond so many bytes in parts of the batch: the C library gives
+#: large tensors back to the system after every layer, and gets them again page by page.
+_LARGE_BYTES = 25_000_000
+#: Size of the parts, which stay in the processor's caches.
+_PART_BYTES = 5_000_000
 
 
 class Mlp(nn.Module):
@@ -69,7 +71,7 @@ class Mlp(nn.Module):
         if torch.compiler.is_compiling() and not _is_constant(x.shape[0]):
             return 1
         hidden_bytes = x.numel() // self.rep.dim * self.fc1.out_rep.dim * x.element_size()
-        return max(1, min(x.shape[0], -(-hidden_bytes // _HIDDEN_BYTES)))
+        return min(x.shape[0], -(-hidden_bytes // _PART_BYTES)) if hidden_bytes > _LARGE_BYTES else 1
 
     def _forward(self, x: Tensor) -> Tensor:
         scales = self.act.irrep_scales
