@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ import equiflop
 from equiflop.cli.main import main
 from equiflop.data import Augmentation, ImageData, ImageSplit, MemorySplit, Preprocessing, open_data
 from equiflop.data.sources import DatasetImages
-from equiflop.training import TrainConfig, Trainer, evaluate
-from equiflop.training.checkpoint import load_state, saved_states
+from equiflop.training import CheckpointError, TrainConfig, Trainer, evaluate, load_model
+from equiflop.training.checkpoint import load_state, saved_states, sole_user
 from equiflop.training.neighbours import nearest_neighbour_accuracy
 from equiflop.training.objective import Objective
 from equiflop.training.recipe import load_recipe, recipe_names
@@ -343,3 +345,59 @@ class TestSources:
         assert (len(data.train), len(data.test), data.classes[9]) == (20, 4, "class9")
         (batch,) = data.test.batches(torch.arange(4), 4)
         assert batch.images.shape == (4, 3, 32, 32) and batch.labels.tolist() == [0, 1, 2, 9]
+
+    def test_a_data_set_of_timm_never_gives_the_next_image(self) -> None:
+        """As timm's ImageDataset reads Hugging Face's: a file by index, whose failure it would hide."""
+        whole = io.BytesIO()
+        Image.new("RGB", (6, 6)).save(whole, "PNG")
+
+        class Files:
+            def __init__(self) -> None:
+                self.reader = [(io.BytesIO(whole.getvalue()), 0), (io.BytesIO(b"junk"), 1)]
+
+        split = ImageSplit(DatasetImages(Files(), [0, 1], "hub"), Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3))
+        (batch,) = split.batches(torch.arange(2), 2, skip_unreadable=True)
+        assert batch.labels.tolist() == [0] and batch.problems == ["hub[1]: not an image that Pillow can read"]
+
+    def test_shards_are_told_apart_by_words(self, tmp_path: Path) -> None:
+        for name in ("latest-train-000.tar", "interval-val-000.tar"):
+            with tarfile.open(tmp_path / name, "w") as archive:
+                for key, content in (("x.cls", b"0"), ("x.png", b"junk")):
+                    member = tarfile.TarInfo(key)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        data = open_data(f"wds/{tmp_path}", (16, 16))
+        assert (len(data.train), len(data.test)) == (1, 1)
+        (tmp_path / "train-val.tar").write_bytes(b"")
+        with pytest.raises(ValueError, match="for training and for testing"):
+            open_data(f"wds/{tmp_path}", (16, 16))
+
+
+class TestWhatIsKept:
+    def test_a_checkpoint_with_an_average_gives_the_average(self, tmp_path: Path) -> None:
+        trainer = Trainer(config_for(tmp_path, epochs=1, ema_decay=0.5), toy_data())
+        trainer.run()
+        assert trainer.ema is not None
+        loaded = load_model(saved_states(tmp_path / "checkpoints")[0]).model.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in trainer.ema.module.state_dict().items())
+
+    def test_starting_anew_removes_what_would_be_taken_for_the_new_run(self, tmp_path: Path) -> None:
+        trainer = Trainer(config_for(tmp_path, epochs=1), toy_data())
+        trainer.run()
+        trainer.start_anew()
+        left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+        assert left == {"config.json", ".lock"}
+        with sole_user(tmp_path), pytest.raises(ValueError, match="another process"):
+            trainer.start_anew()
+
+    def test_other_data_is_not_resumed(self, tmp_path: Path) -> None:
+        Trainer(config_for(tmp_path, epochs=1), toy_data()).run()
+        with pytest.raises(CheckpointError, match="70 training images in 10 classes there, 64"):
+            Trainer(config_for(tmp_path, epochs=1), toy_data(64)).resume()
+
+    def test_an_image_without_a_partner_keeps_its_label(self, tmp_path: Path) -> None:
+        objective = Objective(config_for(tmp_path, mixup=0.8, label_smoothing=0.1), tuple("abcdefghij"), GREY)
+        images, targets = objective.mix(torch.randn(5, 1, 28, 28), torch.arange(5), 3)
+        assert images.shape == (5, 1, 28, 28) and targets.shape == (5, 10)
+        assert torch.allclose(targets[4], F.one_hot(torch.tensor(4), 10) * 0.9 + 0.01)
+        assert torch.allclose(targets.sum(1), torch.ones(5))

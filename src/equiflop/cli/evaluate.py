@@ -84,7 +84,15 @@ def command(
     knn = None
     if neighbours is not None:
         knn = nearest_neighbour_accuracy(
-            network, images.train, images.test, neighbours, chosen, batch_size, workers, progress=progress
+            network,
+            images.train,
+            images.test,
+            neighbours,
+            chosen,
+            batch_size,
+            workers,
+            progress=progress,
+            skip_unreadable=skip_unreadable,
         )
     progress.clear()
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -191,12 +192,14 @@ def _image_folder(folder: Path, preprocessing: Preprocessing) -> ImageData:
 def _shards(folder: Path, preprocessing: Preprocessing) -> ImageData:
     """WebDataset's tar files in ``train`` and ``val`` folders, or with these words in their names."""
     parts = []
-    for words in (_TRAIN_FOLDERS, _TEST_FOLDERS):
-        shards = sorted(
-            path for path in folder.rglob("*.tar") if any(word in str(path.relative_to(folder)) for word in words)
-        )
+    known = {path: _words(path.relative_to(folder)) for path in sorted(folder.rglob("*.tar"))}
+    for path, words in known.items():
+        if words & set(_TRAIN_FOLDERS) and words & set(_TEST_FOLDERS):
+            raise ValueError(f"{path}: its name says that it is for training and for testing")
+    for kinds in (_TRAIN_FOLDERS, _TEST_FOLDERS):
+        shards = [path for path, words in known.items() if words & set(kinds)]
         if not shards:
-            raise DataNotFoundError(f"{folder}: holds no .tar files with {words[0]!r} in their names")
+            raise DataNotFoundError(f"{folder}: holds no .tar files with {kinds[0]!r} in their names")
         parts.append(ShardImages(shards))
     train, test = parts
     classes = tuple(str(label) for label in range(max(*train.labels, *test.labels) + 1))
@@ -205,22 +208,34 @@ def _shards(folder: Path, preprocessing: Preprocessing) -> ImageData:
     )
 
 
+def _words(path: Path) -> set[str]:
+    return set(re.split("[^a-z]+", str(path).lower()))
+
+
 def _timm_dataset(name: str, preprocessing: Preprocessing) -> ImageData:
     """A data set of torchvision (``torch/``) or Hugging Face (``hfds/``), downloaded once into the user's cache."""
     from timm.data import create_dataset
 
     cache = _cache() / name.replace("/", "-")
     splits = []
-    for split in ("train", "validation"):
-        try:
-            dataset = create_dataset(name, root=str(cache), split=split, is_training=split == "train", download=True)
-        except ImportError as error:
-            raise DataNotFoundError(f"data={name!r} needs another package: {error}") from error
-        except Exception as error:  # whatever timm, torchvision or the hub raise, the data set cannot be had
-            raise DataNotFoundError(f"data={name!r} cannot be opened by timm ({_first_line(error)})") from error
+    tests: tuple[str, ...] = ("validation", "test") if name.startswith("hfds/") else ("validation",)
+    for candidates in (("train",), tests):
+        for split in candidates:
+            try:
+                dataset = create_dataset(
+                    name, root=str(cache), split=split, is_training=split == "train", download=True
+                )
+                break
+            except ImportError as error:
+                raise DataNotFoundError(f"data={name!r} needs another package: {error}") from error
+            except Exception as error:  # whatever timm, torchvision or the hub raise, the data set cannot be had
+                if split == candidates[-1]:
+                    raise DataNotFoundError(f"data={name!r} cannot be opened by timm ({_first_line(error)})") from error
         splits.append(DatasetImages(dataset, _labels_of(dataset, name), f"{name} {split}"))
     dataset = splits[0].dataset
-    names = getattr(dataset, "classes", None) or range(max(splits[0].labels) + 1)
+    class_to_idx = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
+    names = getattr(dataset, "classes", None) or sorted(class_to_idx, key=class_to_idx.__getitem__)
+    names = names or range(max(splits[0].labels) + 1)
     train, test = (ImageSplit(source, preprocessing) for source in splits)
     return ImageData(name, str(cache), tuple(map(str, names)), train, test)
 

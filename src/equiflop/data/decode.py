@@ -48,7 +48,9 @@ def _read(source: str | Path | io.BytesIO | Image.Image, channels: int, name: st
         raise ValueError(f"{name}: no such file") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{name}: not an image that Pillow can read") from error
-    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise ValueError(f"{name}: cannot be read as an image ({error})") from error
     return _to_eight_bit(upright).convert("RGB" if channels == 3 else "L")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,7 +96,6 @@ class ShardImages:
             self._index(shard)
         if not self.members:
             raise ValueError(f"{', '.join(map(str, shards)) or 'no shard'}: holds no images")
-        self._open: dict[tuple[int, int, Path], Any] = {}
 
     def _index(self, shard: Path) -> None:
         images: dict[str, tuple[str, int, int]] = {}
@@ -106,15 +105,19 @@ class ShardImages:
                 for member in archive:
                     if not member.isfile():
                         continue
-                    key, extension = os.path.splitext(member.name)
-                    if extension.lower() in _IMAGE_EXTENSIONS:
+                    folder, base = os.path.split(member.name)
+                    stem, dot, extension = base.partition(".")  # as WebDataset does
+                    key, extension = os.path.join(folder, stem), dot + extension.lower()
+                    if extension in _IMAGE_EXTENSIONS:
                         images[key] = (member.name, member.offset_data, member.size)
-                    elif extension in (".cls", ".json"):
+                    elif extension == ".cls" or (extension == ".json" and key not in labels):
                         content = archive.extractfile(member)
-                        labels[key] = _label(content.read() if content else b"", extension)
+                        label = _label(content.read() if content else b"", extension)
+                        if label is not None:
+                            labels[key] = label
         except (tarfile.TarError, OSError, EOFError) as error:
             raise ValueError(f"{shard}: not a readable tar file ({error})") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{shard}: {member.name} is not a label ({error})") from error
         for key, (name, offset, size) in images.items():
             if key not in labels:
@@ -133,18 +136,13 @@ class ShardImages:
     def read(self, index: int, channels: int) -> Image.Image:
         """See :class:`ImageSource`."""
         shard, _, offset, size = self.members[index]
-        key = (os.getpid(), threading.get_ident(), shard)  # every process and thread has its own place in the file
         try:
-            if key not in self._open:
-                self._open[key] = open(shard, "rb")  # noqa: SIM115 (kept open)
-            file = self._open[key]
-            file.seek(offset)
-            return decode_image(file.read(size), channels, self.name(index))
+            with open(shard, "rb") as file:
+                file.seek(offset)
+                content = file.read(size)
         except OSError as error:
             raise ValueError(f"{self.name(index)}: cannot be read ({error})") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return decode_image(content, channels, self.name(index))
 
 
 class DatasetImages:
@@ -171,18 +169,30 @@ class DatasetImages:
     def read(self, index: int, channels: int) -> Image.Image:
         """See :class:`ImageSource`."""
         try:
-            image = self.dataset[index][0]
+            reader = getattr(self.dataset, "reader", None)
+            if reader is None:
+                image = self.dataset[index][0]
+            else:  # timm's own data set would give the next image in place of one that cannot be read
+                with reader[index][0] as file:
+                    image = file.read()
         except Exception as error:  # whatever the library behind it raises, the image cannot be read
             raise ValueError(f"{self.name(index)}: cannot be read ({error})") from error
         return decode_image(image, channels, self.name(index))
 
 
-def _label(content: bytes, extension: str) -> int:
+def _label(content: bytes, extension: str) -> int | None:
     if extension == ".json":
-        import json
-
-        return int(json.loads(content)["label"])
-    return int(content.decode().strip())
+        values = json.loads(content)
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        if "label" not in values:
+            return None
+        label = int(values["label"])
+    else:
+        label = int(content.decode().strip())
+    if label < 0:
+        raise ValueError(f"{label} is negative")
+    return label
 
 
 def _image_files(folder: Path) -> list[str]:

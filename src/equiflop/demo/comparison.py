@@ -248,7 +248,7 @@ def _save(out: Path, results: DemoResults, equivariant: Trainer, plain: Trainer,
     for trainer in (equivariant, plain):
         trainer.write_config()
         trainer.write_weights()
-        trainer.start_anew()
+        trainer.remove_checkpoints()
     say("")
     say(format_table(results))
     say("")

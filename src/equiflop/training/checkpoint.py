@@ -36,6 +36,7 @@ _PLAIN_PARTS: dict[str, Callable[[Any], Any]] = {
     "ema": lambda value: None if value is None else dict(value),
     "scaler": dict,
     "images_per_step": int,
+    "training_images": int,
     "epoch": int,
     "step": int,
     "running": dict,
@@ -59,6 +60,7 @@ class TrainState:
         ema: the state dict of the averaged weights, if there are any.
         scaler: state of the scaler of float16's gradients.
         images_per_step: in all processes together.
+        training_images: how many there are.
         epoch: epochs that are complete.
         step: steps taken in the epoch that is not.
         running: sums over those steps.
@@ -72,6 +74,7 @@ class TrainState:
     ema: dict[str, Tensor] | None
     scaler: dict[str, Any]
     images_per_step: int
+    training_images: int
     epoch: int
     step: int
     running: dict[str, float]
@@ -273,7 +276,8 @@ def load_model(path: str | Path) -> TrainedModel:
     """Read a trained network.
 
     Args:
-        path: a run's folder (its final weights, else its newest checkpoint), a ``.safetensors`` file or a checkpoint.
+        path: a run's folder (its final weights, else its newest checkpoint), a ``.safetensors`` file or a checkpoint
+            (its averaged weights, if it has any).
 
     Raises:
         CheckpointError: if it is missing, damaged, not finite, or not written by equiflop.
@@ -284,7 +288,8 @@ def load_model(path: str | Path) -> TrainedModel:
         spec, config, state = _read_safetensors(path)
     else:
         saved = load_state(path)
-        spec, config, state = saved.spec, saved.config, saved.model
+        spec, config = saved.spec, saved.config
+        state = saved.model if saved.ema is None else saved.ema
     try:
         model = spec.build()
     except (TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -114,12 +115,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             _check_value(item, getattr(self, item.name))
+        object.__setattr__(self, "model_kwargs", json.loads(json.dumps(self.model_kwargs)))
         if self.image_size is not None:
             object.__setattr__(self, "image_size", tuple(self.image_size))
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} must be between 0 and {self.epochs}, the epochs")
         if self.ema_decay == 1:
             raise ValueError("ema_decay=1 would never take up a weight; use less, such as 0.9999")
+        if self.loss == "bce" and self.label_smoothing == 1:
+            raise ValueError("label_smoothing=1 leaves nothing to learn with loss='bce'; use less")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"batch_size={self.batch_size} must be even, since mixup and cutmix mix pairs")
 

@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Within the ``with`` block the first SIGINT or SIGTERM is noted; a second one acts as usual.
+    """Within the ``with`` block the first SIGINT or SIGTERM is noted; SIGINT then acts as usual again.
 
     Signals reach only the main thread; in another one the block changes nothing.
     """
@@ -36,8 +36,9 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = signal.Signals(number)
-        self._restore()
-        os.write(2, b"\nstopping after this step (once more to stop at once)\n")
+        if signal.SIGINT in self._previous:  # launchers may send SIGTERM more than once; Ctrl-C twice is meant
+            signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))  # type: ignore[arg-type]
+        os.write(2, b"\nstopping after this step (Ctrl-C to stop at once)\n")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

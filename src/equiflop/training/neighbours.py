@@ -24,6 +24,7 @@ def nearest_neighbour_accuracy(
     workers: int = 0,
     temperature: float = 0.07,
     progress: Progress | None = None,
+    skip_unreadable: bool = False,
 ) -> float:
     """Share of test images whose nearest training images vote for the right class, between 0 and 1.
 
@@ -40,15 +41,16 @@ def nearest_neighbour_accuracy(
         workers: processes that decode image files.
         temperature: the smaller, the more the nearest count.
         progress: a line to keep up to date.
+        skip_unreadable: leave out images that cannot be read.
 
     Raises:
-        ValueError: if ``neighbours`` is not between 1 and the number of training images.
+        ValueError: if an image cannot be read, or ``neighbours`` is not between 1 and the number of training images.
     """
     if not 1 <= neighbours <= len(train):
         raise ValueError(f"neighbours={neighbours} must be between 1 and {len(train)}, the training images")
     model.eval()
-    known, labels = _features(model, train, device, batch_size, workers, progress)
-    asked, expected = _features(model, test, device, batch_size, workers, progress)
+    known, labels = _features(model, train, device, batch_size, workers, progress, skip_unreadable)
+    asked, expected = _features(model, test, device, batch_size, workers, progress, skip_unreadable)
     classes = int(max(labels.max(), expected.max())) + 1
     correct = 0
     for queries, truth in zip(asked.split(_QUERIES), expected.split(_QUERIES), strict=True):
@@ -60,11 +62,20 @@ def nearest_neighbour_accuracy(
 
 @torch.no_grad()
 def _features(
-    model: Any, split: Split, device: torch.device, batch_size: int, workers: int, progress: Progress | None
+    model: Any,
+    split: Split,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    progress: Progress | None,
+    skip_unreadable: bool,
 ) -> tuple[Tensor, Tensor]:
     features, labels = [], []
     done = 0
-    for batch in split.batches(torch.arange(len(split)), batch_size, workers=workers):
+    samples = torch.arange(len(split))
+    for batch in split.batches(samples, batch_size, workers=workers, skip_unreadable=skip_unreadable):
+        if not len(batch.images):
+            continue
         found = model.forward_head(model.forward_features(batch.images.to(device)), pre_logits=True)
         features.append(F.normalize(found.float().cpu(), dim=1))
         labels.append(batch.labels)

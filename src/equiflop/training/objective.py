@@ -60,11 +60,17 @@ class Objective(nn.Module):
             labels: shape ``(B,)``.
             seed: decides how.
         """
-        if self.mixup is None or len(images) % 2:  # a lone image, left by an unreadable one, has no partner
+        paired = len(images) // 2 * 2
+        if self.mixup is None or not paired:
             return images, labels
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        mixed, targets = self.mixup(images, labels)
+        mixed, targets = self.mixup(images[:paired], labels[:paired])
+        if paired < len(images):  # where images could not be read, the last may lack a partner
+            smoothing = self.config.label_smoothing
+            alone = F.one_hot(labels[paired:], targets.shape[1]).to(targets) * (1 - smoothing)
+            mixed = torch.cat([mixed, images[paired:]])
+            targets = torch.cat([targets, alone + smoothing / targets.shape[1]])
         return mixed, targets
 
     def forward(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:

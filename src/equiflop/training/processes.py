@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from equiflop.training.device import pick_device
 
-_TIMEOUT = timedelta(minutes=10)
+_TIMEOUT = timedelta(hours=2)  # the first process may have to download the data
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from equiflop.training.checkpoint import write_atomically
 
 #: Name of the list of images that could not be read, in a run's folder.
 UNREADABLE_FILE = "unreadable.txt"
+#: Names of the logs.
+LOG_FILES = ("log.csv", "log.jsonl")
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,22 @@ def write_logs(folder: Path, history: Sequence[EpochRecord]) -> None:
     write_atomically(folder / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
-def write_tensorboard(folder: Path, record: EpochRecord) -> None:
-    """Add a record to the log of TensorBoard in ``folder/tensorboard``.
+def check_tensorboard() -> None:
+    """See that TensorBoard's package is there.
 
     Raises:
-        ValueError: if the package is missing.
+        ValueError: if not.
     """
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ValueError('tensorboard needs its package: pip install "equiflop[tensorboard]"') from error
+
+
+def write_tensorboard(folder: Path, record: EpochRecord) -> None:
+    """Add a record to the log of TensorBoard in ``folder/tensorboard``."""
+    from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(str(folder / "tensorboard"), purge_step=record.epoch) as writer:
         for name, value in asdict(record).items():
             if name != "epoch" and value is not None:
@@ -98,4 +106,6 @@ def add_lines(path: Path, lines: Sequence[str]) -> None:
     """
     known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     merged = sorted({*known, *(" ".join(line.split()) for line in lines)})
-    write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in merged).encode()))
+    write_atomically(
+        path, lambda file: file.write("".join(f"{line}\n" for line in merged).encode(errors="backslashreplace"))
+    )

@@ -36,14 +36,22 @@ from equiflop.training.checkpoint import (
 )
 from equiflop.training.config import TrainConfig
 from equiflop.training.device import compile_problem
-from equiflop.training.evaluation import evaluate
+from equiflop.training.evaluation import Evaluation, evaluate
 from equiflop.training.interrupt import StopRequest
 from equiflop.training.model_spec import ModelSpec, check_model_name, input_keywords
 from equiflop.training.objective import Objective
 from equiflop.training.preparation import classifier_of, set_drop_path, start_from
 from equiflop.training.processes import Processes
 from equiflop.training.progress import Progress, Silence
-from equiflop.training.records import UNREADABLE_FILE, EpochRecord, add_lines, write_logs, write_tensorboard
+from equiflop.training.records import (
+    LOG_FILES,
+    UNREADABLE_FILE,
+    EpochRecord,
+    add_lines,
+    check_tensorboard,
+    write_logs,
+    write_tensorboard,
+)
 
 _INITIALISATION = 0x1217  # what seeds the initial weights, apart from the seed itself
 _MIXING = 0x313  # likewise what seeds Mixup and CutMix
@@ -101,6 +109,8 @@ class Trainer:
         processes: Processes | None = None,
     ) -> None:
         self.config = config
+        if config.tensorboard:
+            check_tensorboard()
         self.processes = processes if processes is not None else Processes.join(config.device)
         self.device = self.processes.device
         talks = self.processes.first
@@ -135,7 +145,8 @@ class Trainer:
         self.history: list[EpochRecord] = []
         self._running = _Running()
         self._unreadable: list[str] = []
-        self._compiled = False
+        self._compiled = self._stepped = False
+        self._resumed_from: Path | None = None
         self._saved_at = time.monotonic()
 
     def _open_data(self) -> ImageData:
@@ -194,27 +205,47 @@ class Trainer:
         Raises:
             CheckpointError: if there are checkpoints but none is readable, or it is of another run.
         """
-        problems = []
+        problems: list[str] = []
         for path in self.processes.from_first(saved_states(self.out / CHECKPOINT_FOLDER)):
+            state, problem = None, f"{path}: cannot be read by another process"
             try:
                 state = load_state(path)
             except CheckpointError as error:
-                problems.append(str(error))
-                self.progress.print(f"{error}; trying the one before")
+                problem = str(error)
+            failed = self.processes.largest(int(state is None))  # all processes take the same one
+            if state is None or failed:
+                problems.append(problem)
+                self.progress.print(f"{problem}; trying the one before")
                 continue
             self._take(state, path)
-            self._keep_if_best(path)
+            self._resumed_from = path
             return path
         if problems:
             raise CheckpointError(problems[0])
         return None
 
     def start_anew(self) -> None:
-        """Remove the checkpoints of an earlier run from the run's folder."""
+        """Remove what an earlier run left in the run's folder: checkpoints, weights and logs.
+
+        Raises:
+            ValueError: if another process trains there.
+        """
+        self.remove_checkpoints()
         if self.processes.first:
-            for path in saved_states(self.out / CHECKPOINT_FOLDER):
-                path.unlink()
-            (self.out / CHECKPOINT_FOLDER / BEST_FILE).unlink(missing_ok=True)
+            for name in (WEIGHTS_FILE, UNREADABLE_FILE, *LOG_FILES):
+                (self.out / name).unlink(missing_ok=True)
+
+    def remove_checkpoints(self) -> None:
+        """Remove the training states in the run's folder, the best among them.
+
+        Raises:
+            ValueError: if another process trains there.
+        """
+        if self.processes.first:
+            with sole_user(self.out):
+                for path in saved_states(self.out / CHECKPOINT_FOLDER):
+                    path.unlink()
+                (self.out / CHECKPOINT_FOLDER / BEST_FILE).unlink(missing_ok=True)
         self.processes.from_first(None)
 
     def run(self) -> list[EpochRecord]:
@@ -231,6 +262,8 @@ class Trainer:
                 remove_leftovers(self.out)
                 remove_leftovers(self.out / CHECKPOINT_FOLDER)
             self.write_config()
+            if self._resumed_from is not None:
+                self._keep_if_best(self._resumed_from)
             while not self.finished:
                 record = self.run_epoch(stop)
                 self.progress.print(record.summary(self.config.epochs))
@@ -265,8 +298,10 @@ class Trainer:
             try:
                 self._train_step(batches)
             except RuntimeError:  # Ctrl-C in a terminal also ends a compiler that the first step waits for
-                self._stop_if_asked(stop)
+                if not self._stepped and self.processes.count == 1:
+                    self._stop_if_asked(stop)
                 raise
+            self._stepped = True
             batches = []
             now = time.perf_counter()
             self._running.seconds += now - last
@@ -325,6 +360,7 @@ class Trainer:
             ema=None if self.ema is None else self.ema.module.state_dict(),
             scaler=self.scaler.state_dict(),
             images_per_step=self._images_per_step(),
+            training_images=len(self.data.train),
             epoch=self.epoch,
             step=self.step,
             running=asdict(self._running),
@@ -372,10 +408,13 @@ class Trainer:
         update = self.epoch * self.steps_per_epoch + self.step
         self.scheduler.step_update(update)
         self.optimizer.zero_grad(set_to_none=True)
+        images_before = self._running.images
         for number, batch in enumerate(batches):
             synchronise = number == len(batches) - 1 or self.processes.count == 1
             with contextlib.nullcontext() if synchronise else self.network.no_sync():  # type: ignore[operator]
                 self._accumulate(number, batch)
+        if self._running.images == images_before:
+            raise ValueError(f"no image of a whole step can be read, for example {batches[0].problems[0]}")
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -402,7 +441,7 @@ class Trainer:
         correct = int((logits.detach().argmax(dim=1) == labels).sum()) if own else 0
         finite = math.isfinite(value)
         counts = [value * own if finite else 0.0, correct, own, len(batch.problems), 0.0 if finite else 1.0]
-        total_loss, total_correct, total_images, unreadable, diverged = self.processes.total(
+        total_loss, total_correct, seen, unreadable, diverged = self.processes.total(
             torch.tensor(counts, dtype=torch.float64)
         ).tolist()
         if diverged:
@@ -410,14 +449,13 @@ class Trainer:
                 f"the loss is not finite ({value} here) in epoch {self.epoch + 1}, step {self.step + 1} (learning rate "
                 f"{self.lr:.2e}); try a lower lr, more warm-up or a smaller clip_grad; the last checkpoint is intact"
             )
-        if total_images == 0:
-            raise ValueError(f"no image of a whole step can be read, for example {batch.problems[0]}")
+        total_images = max(seen, 1)  # of no image, nothing is added
         share = own * self.processes.count / total_images / self.config.accumulate
         self.scaler.scale(loss * share).backward()
         running = self._running
         running.loss += total_loss / total_images / self.config.accumulate
         running.correct += int(total_correct)
-        running.images += int(total_images)
+        running.images += int(seen)
         running.unreadable += int(unreadable)
         self._unreadable += batch.problems
 
@@ -428,22 +466,13 @@ class Trainer:
 
     def _finish_epoch(self) -> EpochRecord:
         running = self._running
-        measured, averaged = (
-            evaluate(
-                model,
-                self.data.test,
-                max(self.batch_size, 250),
-                self.device,
-                mirrored=False,
-                workers=self.config.workers,
-                progress=self.progress,
-                processes=self.processes,
-            )
-            if model is not None
-            else None
-            for model in (self.model, self.ema.module if self.ema is not None else None)
-        )
-        assert measured is not None
+        try:
+            measured = self._measure(self.model)
+            averaged = self._measure(self.ema.module) if self.ema is not None else None
+        except ValueError:
+            if self.processes.count == 1:  # what was trained is not lost with a test image that cannot be read
+                self.save()
+            raise
         record = EpochRecord(
             epoch=self.epoch + 1,
             lr=self.lr,
@@ -459,6 +488,18 @@ class Trainer:
         self.history.append(record)
         self.epoch, self.step, self._running = self.epoch + 1, 0, _Running()
         return record
+
+    def _measure(self, model: nn.Module) -> Evaluation:
+        return evaluate(
+            model,
+            self.data.test,
+            max(self.batch_size, 250),
+            self.device,
+            mirrored=False,
+            workers=self.config.workers,
+            progress=self.progress,
+            processes=self.processes,
+        )
 
     def _stop_if_asked(self, stop: StopRequest | None) -> None:
         """All processes stop together, wherever the signal came."""
@@ -480,6 +521,11 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: made {state.images_per_step} images a step, here it would be {self._images_per_step()} "
                 f"({self.processes.count} processes times batch_size times accumulate); choose them so that it is equal"
+            )
+        if state.training_images != len(self.data.train) or state.spec.to_json() != self.spec.to_json():
+            raise CheckpointError(
+                f"{path}: is of other data ({state.training_images:,} training images in {len(state.spec.classes)} "
+                f"classes there, {len(self.data.train):,} in {len(self.data.classes)} here); take another folder"
             )
         load_weights(self.model, state.model, path)
         try:
