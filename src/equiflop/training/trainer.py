@@ -151,12 +151,12 @@ class Trainer:
 
     def _open_data(self) -> ImageData:
         """The first process goes first: it may have to download."""
+        if not self.processes.first:
+            self.processes.from_first(None)
+        data = open_data(self.config.data, self.config.image_size, self.config.channels)
         if self.processes.first:
-            data = open_data(self.config.data, self.config.image_size, self.config.channels)
-        self.processes.from_first(None)
-        return (
-            data if self.processes.first else open_data(self.config.data, self.config.image_size, self.config.channels)
-        )
+            self.processes.from_first(None)
+        return data
 
     def _build(self) -> nn.Module:
         config = self.config
