@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,11 @@ from equiflop.training.checkpoint import write_atomically
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
 NORMALISATION = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-RECIPE = {"epochs": 6, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 1.0, "shift": 2}
+RECIPE = {
+    **{"epochs": 3, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 0.5, "shift": 2},
+    **{"save_minutes": 1.0, "keep_checkpoints": 1, "compile": True, "device": "cpu"},
+}
+TEST_BATCH = 250  # that of the trainer, so that nothing is compiled again
 
 
 @register_model
@@ -71,32 +78,36 @@ class Run:
         return f"{self.family}-{self.variant}-seed{self.seed}"
 
 
+VIT = {"patch_size": 4, "depth": 4, "num_heads": 4, "init_values": 1.0, "embed_dim": 64}
+MLP = {"patch_size": 4, "num_blocks": 6}
+CONV = {"depths": [2, 2, 2, 2], "ls_init_value": 1.0}
+E_VIT = "flop_deit3_small_patch16_224"
+
+
 def main_runs(seeds: int) -> Iterator[Run]:
-    """Plain, E of the same width, E widened to the MACs of plain; all seeds of the first before the next seed."""
+    """Plain, E of the same width, E widened to the MACs of plain; all networks of a seed before the next seed."""
     for seed in range(seeds):
-        vit = {"patch_size": 4, "depth": 4, "num_heads": 4, "init_values": 1.0}
-        yield Run("vit", "plain", "deit3_small_patch16_224", {**vit, "embed_dim": 96}, seed)
-        yield Run("vit", "E", "flop_deit3_small_patch16_224", {**vit, "embed_dim": 96}, seed)
-        yield Run("vit", "E-wide", "flop_deit3_small_patch16_224", {**vit, "embed_dim": 128}, seed)
-        mlp = {"patch_size": 4, "num_blocks": 6}
-        yield Run("resmlp", "plain", "study_resmlp", {**mlp, "embed_dim": 96, "img_size": 32}, seed)
-        yield Run("resmlp", "E", "flop_resmlp_12_224", {**mlp, "embed_dim": 96}, seed)
-        yield Run("resmlp", "E-wide", "flop_resmlp_12_224", {**mlp, "embed_dim": 136}, seed)
-        conv = {"depths": [2, 2, 2, 2], "ls_init_value": 1.0}
-        yield Run("convnext", "plain", "convnext_tiny", {**conv, "dims": [80, 160, 320, 640]}, seed)
-        yield Run("convnext", "E", "flop_convnext_tiny", {**conv, "dims": [80, 160, 320, 640]}, seed)
-        yield Run("convnext", "E-wide", "flop_convnext_tiny", {**conv, "dims": [112, 224, 448, 896]}, seed)
+        yield Run("vit", "plain", "deit3_small_patch16_224", VIT, seed)
+        yield Run("vit", "E", E_VIT, VIT, seed)
+        yield Run("vit", "E-wide", E_VIT, {**VIT, "embed_dim": 88}, seed)
+        yield Run("resmlp", "plain", "study_resmlp", {**MLP, "embed_dim": 64, "img_size": 32}, seed)
+        yield Run("resmlp", "E", "flop_resmlp_12_224", {**MLP, "embed_dim": 64}, seed)
+        yield Run("resmlp", "E-wide", "flop_resmlp_12_224", {**MLP, "embed_dim": 92}, seed)
+        yield Run("convnext", "plain", "convnext_tiny", {**CONV, "dims": [48, 96, 192, 384]}, seed)
+        yield Run("convnext", "E", "flop_convnext_tiny", {**CONV, "dims": [48, 96, 192, 384]}, seed)
+        yield Run("convnext", "E-wide", "flop_convnext_tiny", {**CONV, "dims": [68, 136, 272, 544]}, seed)
 
 
 def ablations() -> Iterator[Run]:
     """Variations of E(ViT), one seed each."""
-    vit = {"patch_size": 4, "depth": 4, "num_heads": 4, "init_values": 1.0, "embed_dim": 96}
-    name = "flop_deit3_small_patch16_224"
     for activation in ("odd", "gated"):
-        yield Run("vit", f"E-act-{activation}", name, vit, 0, activation)
-    yield Run("vit", "E-invariants-norm", name, {**vit, "invariants": "norm"}, 0)
+        yield Run("vit", f"E-act-{activation}", E_VIT, VIT, 0, activation)
+    yield Run("vit", "E-invariants-norm", E_VIT, {**VIT, "invariants": "norm"}, 0)
+    for share, multiplicities in (("1/4", [16, 48]), ("3/4", [48, 16])):
+        name = f"E-share-{share.replace('/', '-of-')}"
+        yield Run("vit", name, E_VIT, {**VIT, "multiplicities": multiplicities}, 0)
     for k in (1, 2, 3):
-        yield Run("vit", f"hybrid-{k}-of-4", "flop_hybrid_deit3_small_patch16_224", {**vit, "equivariant_depth": k}, 0)
+        yield Run("vit", f"hybrid-{k}-of-4", "flop_hybrid_deit3_small_patch16_224", {**VIT, "equivariant_depth": k}, 0)
 
 
 class SignActivation(FourierActivation):
@@ -124,19 +135,30 @@ def replace_activation(model: nn.Module, kind: str) -> None:
             module.act.kind = kind  # type: ignore[assignment]
 
 
-def load_images(source: str | None) -> ImageData:
-    """CIFAR-10 in memory, from JPEG files or from torchvision."""
-    splits, classes = [], ()
+def load_images(source: str | None, folder: Path) -> ImageData:
+    """CIFAR-10 in memory, from JPEG files or from torchvision; read once and then kept in ``folder``."""
+    kept = folder / "images.pt"
+    if not kept.is_file():
+        content = read_images(source)
+        write_atomically(kept, lambda file: torch.save(content, file))
+    content = torch.load(kept, weights_only=True)
+    train, test = (MemorySplit(*content[part], NORMALISATION) for part in ("train", "test"))
+    return ImageData("CIFAR-10", source or "torchvision", tuple(content["classes"]), train, test)
+
+
+def read_images(source: str | None) -> dict[str, Any]:
+    """Per split the images as bytes, shape ``(N, 3, 32, 32)``, and the labels; and the names of the classes."""
+    content: dict[str, Any] = {}
     for part in ("train", "test"):
         if source is None:
             from torchvision.datasets import CIFAR10
 
             data = CIFAR10(str(Path.home() / ".cache" / "equiflop"), train=part == "train", download=True)
-            classes = tuple(data.classes)
+            classes = list(data.classes)
             pictures = [(decode_image(image, 3, part), label) for image, label in data]
         else:
             folder = Path(source) / part
-            classes = tuple(sorted(place.name for place in folder.iterdir() if place.is_dir()))
+            classes = sorted(place.name for place in folder.iterdir() if place.is_dir())
             pictures = [
                 (read_image(path), label)
                 for label, name in enumerate(classes)
@@ -144,8 +166,8 @@ def load_images(source: str | None) -> ImageData:
             ]
         images = torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image, _ in pictures])
         images = images.view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()
-        splits.append(MemorySplit(images, torch.tensor([label for _, label in pictures]), NORMALISATION))
-    return ImageData("CIFAR-10", source or "torchvision", classes, splits[0], splits[1])
+        content |= {part: (images, torch.tensor([label for _, label in pictures])), "classes": classes}
+    return content
 
 
 def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
@@ -156,9 +178,6 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         out=str(folder / run.name),
         model_kwargs=run.keywords,
         seed=run.seed,
-        device="cpu",
-        keep_checkpoints=1,
-        save_minutes=1.0,
         **RECIPE,  # type: ignore[arg-type]
     )
     trainer = Trainer(config, data)
@@ -167,9 +186,9 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
     trainer.resume()
     trainer.run()
     start = time.perf_counter()
-    alone = evaluate(trainer.model, data.test, 500, trainer.device, classes=len(data.classes))
+    alone = evaluate(trainer.model, data.test, TEST_BATCH, trainer.device, classes=len(data.classes))
     seconds = time.perf_counter() - start
-    averaged = evaluate(MirrorAveraged(trainer.model), data.test, 500, trainer.device)
+    averaged = evaluate(MirrorAveraged(trainer.model), data.test, TEST_BATCH, trainer.device)
     return {
         "run": run.name,
         "family": run.family,
@@ -184,9 +203,15 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         "train_loss": trainer.history[-1].train_loss,
         "train_seconds": sum(record.seconds for record in trainer.history),
         "test_seconds_both_views": seconds,
+        "epochs": [asdict(record) for record in trainer.history],
         "config": config.to_dict() | {"out": run.name},
         "machine": describe_machine(torch.device("cpu")),
     }
+
+
+def all_runs(seeds: int) -> list[Run]:
+    """The main runs, then the ablations."""
+    return [*main_runs(seeds), *ablations()]
 
 
 def finished() -> list[dict[str, Any]]:
@@ -194,18 +219,43 @@ def finished() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
 
 
-def run_all(data_folder: str | None, folder: Path, seeds: int) -> None:
-    """All runs that are not in the results yet."""
-    data: ImageData | None = None
-    for run in [*main_runs(seeds), *ablations()]:
-        done = finished()
-        if any(record["run"] == run.name for record in done):
-            continue
-        data = data or load_images(data_folder)
-        record = execute(run, data, folder)
-        text = "".join(json.dumps(line) + "\n" for line in [*finished(), record])
-        write_atomically(RESULTS, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
-        print(f"{run.name}: {100 * record['accuracy']:.2f} %", flush=True)
+def run_all(source: str | None, folder: Path, seeds: int, jobs: int) -> None:
+    """All runs that are not in the results yet, so many at a time, each in a process of its own.
+
+    Raises:
+        SystemExit: if a run failed; the others were finished.
+    """
+    load_images(source, folder)
+    done = {record["run"] for record in finished()}
+    waiting = [run for run in all_runs(seeds) if run.name not in done]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    failed = []
+
+    def start(run: Run) -> tuple[Run, int]:
+        command = [sys.executable, __file__, "one", "--name", run.name, "--seeds", str(seeds), "--out", str(folder)]
+        (folder / run.name).mkdir(parents=True, exist_ok=True)
+        with open(folder / run.name / "output.txt", "ab") as output:
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            return run, subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for run, code in (future.result() for future in as_completed([pool.submit(start, run) for run in waiting])):
+            if code:
+                failed.append(f"{run.name}: exit code {code}, see {folder / run.name / 'output.txt'}")
+                continue
+            record = json.loads((folder / run.name / "result.json").read_text())
+            text = "".join(json.dumps(line) + "\n" for line in [*finished(), record])
+            write_atomically(RESULTS, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+            print(f"{run.name}: {100 * record['accuracy']:.2f} %, {record['train_seconds']:.0f} s", flush=True)
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def run_one(name: str, folder: Path, seeds: int) -> None:
+    """One run by its name; writes ``result.json`` into its folder."""
+    run = {run.name: run for run in all_runs(seeds)}[name]
+    text = json.dumps(execute(run, load_images(None, folder), folder))
+    write_atomically(folder / name / "result.json", lambda file: file.write(text.encode()))
 
 
 def report() -> None:
@@ -274,13 +324,17 @@ def _draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("what", choices=("run", "one", "report"))
     parser.add_argument("--data", help="folder with train/CLASS/* and test/CLASS/*; default: torchvision's CIFAR-10")
-    parser.add_argument("--out", default="runs/study-cifar10", help="folder for checkpoints")
+    parser.add_argument("--out", type=Path, default=Path("runs/study-cifar10"), help="folder for checkpoints")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the processor's cores")
+    parser.add_argument("--name", help="of the run that 'one' makes")
     options = parser.parse_args()
     if options.what == "run":
-        run_all(options.data, Path(options.out), options.seeds)
+        run_all(options.data, options.out, options.seeds, options.jobs)
+    elif options.what == "one":
+        run_one(options.name, options.out, options.seeds)
     else:
         report()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -41,6 +41,9 @@ class EquivariantVisionTransformer(VisionTransformer):
         equivariant_depth: number of equivariant blocks, counted from the image; for hybrid and invariant designs.
         invariants: what the head, or the plain blocks of an invariant design, see: ``"trivial"``, ``"norm"``,
             ``"power_spectrum"`` or ``"polynomial"``; see :class:`equiflop.nn.Invariants`.
+        multiplicities: how often each irrep occurs in the features, in the order of ``group.irreps``, together
+            ``embed_dim`` channels; by default a multiple of the regular representation, as published. For the mirror
+            group ``(m, n)`` is m invariant and n sign-flipping channels. Not for hybrid designs.
         norm_eps: ``eps`` of the equivariant layer norms; by default 1e-6, and as published 1e-6 / 2 for group ``flop``.
         norm_weighting: see :class:`equiflop.nn.LayerNorm`.
         plain_norm_eps: ``eps`` of the plain layer norms of hybrid and invariant designs.
@@ -91,6 +94,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         design: Design = "equivariant",
         equivariant_depth: int | None = None,
         invariants: InvariantKind | None = None,
+        multiplicities: Sequence[int] | None = None,
         norm_eps: float | None = None,
         norm_weighting: Weighting = "entries",
         plain_norm_eps: float = 1e-6,
@@ -101,7 +105,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         _check_arguments(design, global_pool, class_token, pos_embed, weight_init, dynamic_img_pad, invariants)
         equivariant_depth = _equivariant_depth(design, equivariant_depth, depth)
         check_image_size(group, img_size, dynamic_img_size)
-        rep = Rep.regular_of_dim(group, embed_dim, "embed_dim")
+        rep = _feature_rep(group, embed_dim, multiplicities, design)
         is_flop = group == named_image_group("flop")
         eps = norm_eps if norm_eps is not None else (0.5e-6 if is_flop else 1e-6)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -373,6 +377,20 @@ def _check_pooling(design: str, global_pool: str, class_token: bool) -> None:
         raise ValueError(f"global_pool={global_pool!r} is unknown; use 'token', 'avg' or ''")
     if global_pool == "token" and not class_token:
         raise ValueError("global_pool='token' needs class_token=True; use 'avg' without a class token")
+
+
+def _feature_rep(group: ImageGroup, embed_dim: int, multiplicities: Sequence[int] | None, design: str) -> Rep:
+    if multiplicities is None:
+        return Rep.regular_of_dim(group, embed_dim, "embed_dim")
+    rep = Rep(group, multiplicities)
+    given = f"multiplicities={tuple(multiplicities)}"
+    if rep.dim != embed_dim:
+        raise ValueError(f"{given} of group {group.name!r} make {rep.dim} channels, not embed_dim={embed_dim}")
+    if rep.multiplicities[0] == 0:
+        raise ValueError(f"{given} hold no invariant channel; class token, biases and head need at least one")
+    if design == "hybrid" and not rep.regular_copies:
+        raise ValueError(f"{given} do not apply to a hybrid model, whose plain blocks need the spatial domain")
+    return rep
 
 
 def _equivariant_depth(design: str, equivariant_depth: int | None, depth: int) -> int:

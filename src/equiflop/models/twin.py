@@ -42,6 +42,7 @@ _OWN_KEYWORDS = (
     "design",
     "equivariant_depth",
     "invariants",
+    "multiplicities",
     "norm_eps",
     "norm_weighting",
     "plain_norm_eps",
