@@ -35,8 +35,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from equiflop import macs
+from equiflop.files import write_atomically
 from equiflop.models.graph_network import GraphNetwork, SetNetwork
-from equiflop.training.checkpoint import write_atomically
 
 SIDE = 8
 CLASSES = 10

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiflop import macs
+from equiflop.files import write_atomically
 from equiflop.groups import octahedral_rotations
 from equiflop.models.point_transformer import PlainPointTransformer, PointTransformer
-from equiflop.training.checkpoint import write_atomically
 
 Sampler = Callable[[np.random.Generator, int], np.ndarray]
 

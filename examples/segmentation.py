@@ -33,9 +33,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import equiflop
+from equiflop.files import write_atomically
 from equiflop.models import EquivariantVisionTransformer
 from equiflop.models.segmentation import Segmenter
-from equiflop.training.checkpoint import write_atomically
 
 CLASSES = ("background", "disc", "square", "triangle", "ring", "cross")
 SIDE = 64

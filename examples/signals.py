@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from equiflop import macs
 from equiflop.benchmark.timing import time_in_turns
+from equiflop.files import write_atomically
 from equiflop.models.signal_network import SignalNetwork
 from equiflop.nn.circulant import CirculantLinear
-from equiflop.training.checkpoint import write_atomically
 
 ANGLES = 64
 #: Distances from the centroid in pixels: of the ink channels, and of the search for the outline.

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from equiflop.data import ImageData, MemorySplit, Preprocessing
 from equiflop.training import TrainConfig, Trainer
-from equiflop.training.checkpoint import CHECKPOINT_FOLDER, load_state, saved_states
 from equiflop.training.processes import leave
+from equiflop.training.state import CHECKPOINT_FOLDER, load_state, saved_states
 
 _TIMES = ("seconds", "images_per_second")
 

@@ -18,7 +18,7 @@ from equiflop.cli.main import main
 from equiflop.data import open_data, read_image
 from equiflop.data.sources import ShardImages
 from equiflop.training import CheckpointError, TrainConfig, Trainer
-from equiflop.training.checkpoint import load_state, saved_states
+from equiflop.training.state import load_state, saved_states
 
 SMALL = ["flop_deit3_tiny_patch16_224", "--set", "patch_size=8", "--set", "embed_dim=16", "--set", "depth=1"]
 SMALL += ["--set", "num_heads=2", "--img-size", "16", "--device", "cpu"]

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from equiflop.training.checkpoint import load_state, saved_states
+from equiflop.training.state import load_state, saved_states
 
 pytestmark = pytest.mark.slow
 MODEL = ["flop_deit3_tiny_patch16_224", "--set", "patch_size=8", "--set", "embed_dim=16", "--set", "depth=1"]

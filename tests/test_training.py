@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from equiflop.data import Batch, ImageData, MemorySplit, Preprocessing
+from equiflop.files import remove_leftovers, sole_user
 from equiflop.training import (
     CheckpointError,
     MirrorAveraged,
@@ -25,9 +26,10 @@ from equiflop.training import (
     evaluate,
     load_model,
 )
-from equiflop.training.checkpoint import load_state, remove_leftovers, save_weights, saved_states, sole_user
+from equiflop.training.checkpoint import save_weights
 from equiflop.training.device import pick_device
 from equiflop.training.interrupt import StopRequest
+from equiflop.training.state import load_state, saved_states
 
 GREY = Preprocessing((1, 28, 28), (0.3,), (0.35,))
 CPU = torch.device("cpu")

@@ -24,11 +24,12 @@ import equiflop
 from equiflop.cli.main import main
 from equiflop.data import Augmentation, ImageData, ImageSplit, MemorySplit, Preprocessing, open_data
 from equiflop.data.sources import DatasetImages
+from equiflop.files import sole_user
 from equiflop.training import CheckpointError, TrainConfig, Trainer, evaluate, load_model
-from equiflop.training.checkpoint import load_state, saved_states, sole_user
 from equiflop.training.neighbours import nearest_neighbour_accuracy
 from equiflop.training.objective import Objective
 from equiflop.training.recipe import load_recipe, recipe_names
+from equiflop.training.state import load_state, saved_states
 from test_training import CPU, GREY, assert_same_outcome, config_for, toy_data
 
 

@@ -34,17 +34,25 @@ import equiflop
 from equiflop.benchmark.machine import describe_machine
 from equiflop.data import ImageData, MemorySplit, Preprocessing
 from equiflop.data.decode import decode_image, read_image
+from equiflop.files import write_atomically
 from equiflop.nn import Mlp
 from equiflop.nn.activation import FourierActivation
 from equiflop.training import MirrorAveraged, TrainConfig, Trainer, evaluate
-from equiflop.training.checkpoint import write_atomically
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
 NORMALISATION = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 RECIPE = {
-    **{"epochs": 3, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 0.5, "shift": 2},
-    **{"save_minutes": 1.0, "keep_checkpoints": 1, "compile": True, "device": "cpu"},
+    "epochs": 3,
+    "batch_size": 128,
+    "lr": 2e-3,
+    "weight_decay": 0.05,
+    "warmup_epochs": 0.5,
+    "shift": 2,
+    "save_minutes": 1.0,
+    "keep_checkpoints": 1,
+    "compile": True,
+    "device": "cpu",
 }
 TEST_BATCH = 250  # that of the trainer, so that nothing is compiled again
 
@@ -142,7 +150,7 @@ def load_images(source: str | None, folder: Path) -> ImageData:
         content = read_images(source)
         write_atomically(kept, lambda file: torch.save(content, file))
     content = torch.load(kept, weights_only=True)
-    train, test = (MemorySplit(*content[part], NORMALISATION) for part in ("train", "test"))
+    train, test = (MemorySplit(images, labels, NORMALISATION) for images, labels in (content["train"], content["test"]))
     return ImageData("CIFAR-10", source or "torchvision", tuple(content["classes"]), train, test)
 
 
@@ -340,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -161,7 +161,8 @@ def _networks(name: str, config: BenchConfig, device: torch.device) -> list[_Net
     wanted: list[tuple[str, dict[str, Any], int]] = [(name, dict(config.settings), 1)]
     if name in equiflop.equivariant_models():
         twin, overrides = equiflop.plain_twin(name)
-        plain_settings = {k: v for k, v in config.settings.items() if k not in ("group", "invariants", "multiplicities")}
+        own = ("group", "invariants", "multiplicities")
+        plain_settings = {k: v for k, v in config.settings.items() if k not in own}
         wanted.append((twin, overrides | plain_settings, 1))
         if config.mirrored:
             wanted.append((twin, overrides | plain_settings, 2))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equiflop.benchmark.compare import Entry
-from equiflop.training.checkpoint import write_atomically
+from equiflop.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

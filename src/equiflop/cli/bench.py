@@ -100,7 +100,7 @@ def command(
     from equiflop.benchmark.compare import BenchConfig, check_config, compare
     from equiflop.benchmark.figures import read_accuracies, write_figures
     from equiflop.benchmark.machine import describe_machine
-    from equiflop.training.checkpoint import write_atomically
+    from equiflop.files import write_atomically
     from equiflop.training.device import pick_device
     from equiflop.training.model_spec import check_model_name
     from equiflop.training.progress import Progress

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from torch import Tensor
 
 from equiflop.demo.results import AVERAGED_NAME, E_NAME, PLAIN_NAME, DemoResults, Row
-from equiflop.training.checkpoint import write_atomically
+from equiflop.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

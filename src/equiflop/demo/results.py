@@ -9,8 +9,8 @@ from typing import Any
 
 from equiflop.benchmark.machine import describe_machine
 from equiflop.benchmark.timing import Spread
+from equiflop.files import write_atomically
 from equiflop.training import Evaluation
-from equiflop.training.checkpoint import write_atomically
 
 #: The three classifiers that the demo compares.
 E_NAME, PLAIN_NAME, AVERAGED_NAME = "E(ViT)", "plain ViT", "plain, both views averaged"

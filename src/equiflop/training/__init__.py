@@ -1,9 +1,10 @@
 """Training a classifier, keeping its state safe on disk, and measuring it."""
 
-from equiflop.training.checkpoint import CheckpointError, load_model
+from equiflop.training.checkpoint import load_model
 from equiflop.training.config import TrainConfig
 from equiflop.training.evaluation import Evaluation, MirrorAveraged, evaluate
 from equiflop.training.model_spec import ModelSpec, create_model
+from equiflop.training.state import CheckpointError
 from equiflop.training.trainer import EpochRecord, NonFiniteLossError, Trainer, TrainingInterrupted
 
 __all__ = [

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from equiflop.training.checkpoint import write_atomically
+from equiflop.files import write_atomically
 
 #: Name of the list of images that could not be read, in a run's folder.
 UNREADABLE_FILE = "unreadable.txt"

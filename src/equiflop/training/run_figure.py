@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from equiflop.training.checkpoint import write_atomically
+from equiflop.files import write_atomically
 
 _FORMATS = ("png", "svg", "pdf")
 

@@ -17,23 +17,8 @@ from torch import Tensor, nn
 
 from equiflop.data import Augmentation, Batch, ImageData, open_data
 from equiflop.data.randomness import derive_seed, epoch_order
-from equiflop.training.checkpoint import (
-    BEST_FILE,
-    CHECKPOINT_FOLDER,
-    WEIGHTS_FILE,
-    CheckpointError,
-    TrainState,
-    load_state,
-    load_weights,
-    remove_leftovers,
-    save_best,
-    save_state,
-    save_weights,
-    saved_states,
-    sole_user,
-    state_path,
-    write_atomically,
-)
+from equiflop.files import remove_leftovers, sole_user, write_atomically
+from equiflop.training.checkpoint import WEIGHTS_FILE, load_weights, save_weights
 from equiflop.training.config import TrainConfig
 from equiflop.training.device import compile_problem
 from equiflop.training.evaluation import Evaluation, evaluate
@@ -51,6 +36,17 @@ from equiflop.training.records import (
     check_tensorboard,
     write_logs,
     write_tensorboard,
+)
+from equiflop.training.state import (
+    BEST_FILE,
+    CHECKPOINT_FOLDER,
+    CheckpointError,
+    TrainState,
+    load_state,
+    save_best,
+    save_state,
+    saved_states,
+    state_path,
 )
 
 _INITIALISATION = 0x1217  # what seeds the initial weights, apart from the seed itself

@@ -1,0 +1,83 @@
+"""Files that are written whole or not at all, and folders that one process has for itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file such that a reader, or a crash at any moment, finds the old content or the new, never a part.
+
+    Raises:
+        OSError: if it cannot be written; the old content is then intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        failure = failure_of_the_disk(error)
+        if failure is None:
+            raise
+        reason = f"cannot write ({failure.strerror}); what was there before is intact"
+        raise OSError(failure.errno, reason, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what :func:`write_atomically` left half-written in a folder when its process was killed."""
+    for path in folder.glob(".*.*"):
+        process = path.name.rpartition(".")[2]
+        if process.isdecimal() and not _alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Keep a second training out of a run's folder; a killed one lets go by itself.
+
+    Raises:
+        ValueError: if another process trains there.
+        OSError: if the folder cannot be made.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"out={str(folder)!r}: another process is training there; take another folder") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def failure_of_the_disk(error: BaseException | None) -> OSError | None:
+    """The OSError behind an error: torch.save lets a RuntimeError of its own take the place of a failed write."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error

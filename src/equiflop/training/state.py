@@ -1,0 +1,137 @@
+"""States of training: where a run stands, kept in its folder and read without running code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equiflop.files import write_atomically
+from equiflop.training.config import TrainConfig
+from equiflop.training.model_spec import ModelSpec
+
+#: Name of the folder of training states in a run's folder.
+CHECKPOINT_FOLDER = "checkpoints"
+#: Name of the best training state in that folder.
+BEST_FILE = "best.pt"
+_FORMAT = "equiflop-checkpoint-2"
+
+#: Parts of a training state that are kept as they are, and what they must be.
+_PLAIN_PARTS: dict[str, Callable[[Any], Any]] = {
+    "model": dict,
+    "optimizer": dict,
+    "ema": lambda value: None if value is None else dict(value),
+    "scaler": dict,
+    "images_per_step": int,
+    "training_images": int,
+    "epoch": int,
+    "step": int,
+    "running": dict,
+    "history": list,
+}
+
+
+class CheckpointError(ValueError):
+    """A file of weights cannot be used."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a training run stands. Random numbers are a function of seed, epoch and step, so none are in here.
+
+    Attributes:
+        spec: the network.
+        config: the run.
+        model: the network's state dict.
+        optimizer: the optimiser's state dict.
+        ema: the state dict of the averaged weights, if there are any.
+        scaler: state of the scaler of float16's gradients.
+        images_per_step: in all processes together.
+        training_images: how many there are.
+        epoch: epochs that are complete.
+        step: steps taken in the epoch that is not.
+        running: sums over those steps.
+        history: one record per complete epoch.
+    """
+
+    spec: ModelSpec
+    config: TrainConfig
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    ema: dict[str, Tensor] | None
+    scaler: dict[str, Any]
+    images_per_step: int
+    training_images: int
+    epoch: int
+    step: int
+    running: dict[str, float]
+    history: list[dict[str, float]]
+
+
+def state_path(folder: Path, total_steps: int) -> Path:
+    """Where the state after so many steps is kept."""
+    return folder / f"step-{total_steps:08d}.pt"
+
+
+def save_state(path: Path, state: TrainState) -> None:
+    """Write a training state and remove the oldest beside it, beyond ``keep_checkpoints``.
+
+    Raises:
+        OSError: if it cannot be written; earlier states are then intact.
+    """
+    content = {
+        "format": _FORMAT,
+        "spec": state.spec.to_json(),
+        "config": json.dumps(state.config.to_dict()),
+        **{name: getattr(state, name) for name in _PLAIN_PARTS},
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+    for old in saved_states(path.parent)[state.config.keep_checkpoints :]:
+        old.unlink()
+
+
+def save_best(path: Path) -> None:
+    """Keep a state as the best so far, until a better one comes.
+
+    Raises:
+        OSError: if it cannot be written; the best before is then intact.
+    """
+    with open(path, "rb") as state:
+        write_atomically(path.with_name(BEST_FILE), lambda file: shutil.copyfileobj(state, file))
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The training states in a folder, the newest first."""
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def load_state(path: Path) -> TrainState:
+    """Read a training state.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: no permission to read it") from error
+    except Exception as error:  # a damaged file makes torch.load raise almost anything
+        raise CheckpointError(f"{path}: not a checkpoint, or damaged or incomplete") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of equiflop train")
+    try:
+        return TrainState(
+            spec=ModelSpec.from_json(content["spec"]),
+            config=TrainConfig.from_dict(json.loads(content["config"])),
+            **{name: kind(content[name]) for name, kind in _PLAIN_PARTS.items()},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: a checkpoint with a part missing or damaged ({error})") from error
