@@ -3,8 +3,8 @@
     python tests/soak.py --kills 30
 
 Trains a small network with SIGKILL at random moments, half of them while a checkpoint is being written, going on after
-each, with one process and with two. sha256 of weights, optimiser, averaged weights and measurements must equal those of
-a run that nobody disturbed. Exit code 1 if they do not.
+each, with one process, with two, and with two that share the parameters out (FSDP2). sha256 of weights, optimiser,
+averaged weights and measurements must equal those of a run that nobody disturbed. Exit code 1 if they do not.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from equiflop.data import ImageData, MemorySplit, Preprocessing
@@ -47,7 +48,21 @@ class Tally:
     while_saving: int = 0
 
 
-def config(out: Path) -> TrainConfig:
+@dataclass(frozen=True)
+class Setting:
+    """Which processes train."""
+
+    count: int
+    fsdp: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.count} process(es){' with FSDP2' if self.fsdp else ''}"
+
+
+SETTINGS = (Setting(1), Setting(2), Setting(2, fsdp=True))
+
+
+def config(out: Path, fsdp: bool) -> TrainConfig:
     """A short run that saves after every step."""
     return TrainConfig(
         model="flop_deit3_tiny_patch16_224",
@@ -64,6 +79,7 @@ def config(out: Path) -> TrainConfig:
         device="cpu",
         save_minutes=1e-9,
         keep_checkpoints=3,
+        fsdp=fsdp,
     )
 
 
@@ -84,7 +100,9 @@ def images() -> ImageData:
 
 def digest(folder: Path) -> str:
     """sha256 of the newest state in a run's folder, without the times."""
-    state = load_state(saved_states(folder / CHECKPOINT_FOLDER)[0])
+    path = saved_states(folder / CHECKPOINT_FOLDER)[0]
+    state = load_state(path)
+    shards = {file.name: load_file(file) for file in path.glob("*.safetensors")} if path.is_dir() else {}
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -101,35 +119,35 @@ def digest(folder: Path) -> str:
         else:
             sha.update(repr(value).encode())
 
-    for part in (state.model, state.ema, state.optimizer, state.history, state.epoch, state.step):
+    for part in (state.model, state.ema, state.optimizer, state.history, state.epoch, state.step, shards):
         add(part)
     return sha.hexdigest()
 
 
-def start(folder: Path, count: int) -> list[int]:
-    """Train in ``count`` child processes; their ids."""
+def start(folder: Path, setting: Setting) -> list[int]:
+    """Train in child processes; their ids."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     children = []
-    for rank in range(count):
+    for rank in range(setting.count):
         child = os.fork()
         if child == 0:
-            _train(folder, rank, count, port)
+            _train(folder, rank, setting, port)
         children.append(child)
     return children
 
 
-def _train(folder: Path, rank: int, count: int, port: str) -> None:
+def _train(folder: Path, rank: int, setting: Setting, port: str) -> None:
     code = 1
     try:
         torch.set_num_threads(1)
         log = os.open(folder.parent / f"{folder.name}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(setting.count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        trainer = Trainer(config(folder), images())
+        trainer = Trainer(config(folder, setting.fsdp), images())
         trainer.resume()
         trainer.run()
         leave()
@@ -170,15 +188,16 @@ def _end(children: list[int], ended: list[tuple[int, int]]) -> bool:
     return True
 
 
-def soak(folder: Path, count: int, kills: int, seed: int, reference: str) -> tuple[Tally, int]:
+def soak(folder: Path, setting: Setting, kills: int, seed: int, reference: str, seconds: float) -> tuple[Tally, int]:
     """Kill runs until there were enough kills.
 
     Args:
         folder: where runs go.
-        count: processes of a run.
+        setting: processes of a run.
         kills: how many SIGKILLs at least.
         seed: decides the moments.
         reference: sha256 of the undisturbed run.
+        seconds: how long that took; the kills come within 0.6 times as long after a start.
 
     Returns:
         what happened, and how many runs were finished.
@@ -195,7 +214,7 @@ def soak(folder: Path, count: int, kills: int, seed: int, reference: str) -> tup
         finished = False
         while not finished:
             while_saving = moments.random() < 0.5
-            finished = disturb(run, start(run, count), moments.uniform(0.05, 1.5), while_saving, tally)
+            finished = disturb(run, start(run, setting), moments.uniform(0.05, 0.6 * seconds), while_saving, tally)
         found = digest(run)
         if found != reference:
             raise RuntimeError(f"{run}: {found} after {tally.kills} kills, {reference} without")
@@ -203,30 +222,32 @@ def soak(folder: Path, count: int, kills: int, seed: int, reference: str) -> tup
     return tally, runs
 
 
-def undisturbed(folder: Path, count: int) -> str:
+def undisturbed(folder: Path, setting: Setting) -> str:
     """sha256 of a run that nobody kills."""
-    run = folder / f"reference{count}"
-    disturb(run, start(run, count), float("inf"), False, Tally())
+    run = folder / f"reference {setting}"
+    disturb(run, start(run, setting), float("inf"), False, Tally())
     return digest(run)
 
 
 def main() -> int:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="for each number of processes")
+    parser.add_argument("--kills", type=int, default=30, help="for each setting")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        for count in (1, 2):
-            reference = undisturbed(Path(place), count)
-            print(f"{count} process(es), undisturbed: sha256 {reference}", flush=True)
+        for setting in SETTINGS:
+            begin = time.monotonic()
+            reference = undisturbed(Path(place), setting)
+            seconds = time.monotonic() - begin
+            print(f"{setting}, undisturbed: {seconds:.1f} s, sha256 {reference}", flush=True)
             try:
-                tally, runs = soak(Path(place), count, options.kills, options.seed, reference)
+                tally, runs = soak(Path(place), setting, options.kills, options.seed, reference, seconds)
             except RuntimeError as error:
                 print(f"FAILED: {error}", flush=True)
                 return 1
             print(
-                f"{count} process(es): {tally.kills} SIGKILLs, {tally.while_saving} of them while saving, {runs} runs "
+                f"{setting}: {tally.kills} SIGKILLs, {tally.while_saving} of them while saving, {runs} runs "
                 "finished, all with the same sha256",
                 flush=True,
             )

@@ -26,7 +26,7 @@ def save_random_model(path: Path, name: str) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    save_weights(path, model, spec)
+    save_weights(path, model.state_dict(), spec)
     return path
 
 

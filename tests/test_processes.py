@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from equiflop.training import load_model
 from equiflop.training.state import load_state, saved_states
 
 pytestmark = pytest.mark.slow
@@ -161,6 +164,61 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both_in_time(images: Pat
     assert lines and all("epoch 2, step 2" in line for line in lines), result.stderr
     state = load_state(saved_states(out / "checkpoints")[0])
     assert state.epoch == 1 and all(torch.isfinite(value).all() for value in state.model.values())
+
+
+def test_sharded_parameters_make_the_losses_of_whole_ones(images: Path, tmp_path: Path) -> None:
+    """FSDP2 with 2 and 3 processes, gradients accumulated, averaged weights, against one process."""
+    options = ["--data", str(images), "--epochs", "3", "--ema-decay", "0.9"]
+    for count, size, accumulate in ((1, 36, 1), (2, 18, 1), (3, 6, 2)):
+        more = ["--batch-size", str(size), "--accumulate", str(accumulate), "--out", str(tmp_path / str(count))]
+        result = train(count, *options, *more, *(["--fsdp"] if count > 1 else []))
+        assert result.returncode == 0, result.stderr
+    whole, *sharded = (tmp_path / str(count) for count in (1, 2, 3))
+    reference = load_file(whole / "model.safetensors")
+    for out in sharded:
+        for mine, theirs in zip(rows(whole), rows(out), strict=True):
+            assert abs(float(mine["train_loss"]) - float(theirs["train_loss"])) < 1e-5
+            assert mine["test_accuracy"] == theirs["test_accuracy"] and mine["ema_accuracy"] == theirs["ema_accuracy"]
+        final = load_file(out / "model.safetensors")
+        assert all((reference[key] - final[key]).abs().max() < 1e-4 for key in reference)
+        newest, *_ = saved_states(out / "checkpoints")
+        assert len(list(newest.glob("*.safetensors"))) == int(out.name)
+        from_shards = load_model(newest).model.state_dict()  # the averaged weights, read by one process
+        assert from_shards.keys() == final.keys()
+        assert all(torch.equal(from_shards[key], final[key]) for key in final)
+
+
+def test_a_damaged_share_is_named_and_any_number_of_processes_goes_on(images: Path, tmp_path: Path) -> None:
+    options = ["--data", str(images), "--epochs", "3", "--fsdp", "--keep-checkpoints", "3"]
+    out = tmp_path / "whole"
+    whole = train(2, *options, "--batch-size", "24", "--out", str(out))
+    assert whole.returncode == 0, whole.stderr
+    final = load_file(out / "model.safetensors")
+    for count, size in ((2, 24), (3, 16)):
+        again = tmp_path / str(count)
+        shutil.copytree(out, again)
+        (again / "model.safetensors").unlink()
+        newest, *_ = saved_states(again / "checkpoints")
+        share = sorted(newest.glob("*.safetensors"))[1]
+        os.truncate(share, share.stat().st_size // 2)
+        result = train(count, *options, "--batch-size", str(size), "--out", str(again))
+        assert result.returncode == 0, result.stderr
+        assert f"{share}: missing or incomplete" in result.stderr + result.stdout
+        found = load_file(again / "model.safetensors")
+        for key, value in final.items():
+            assert torch.equal(found[key], value) if count == 2 else (found[key] - value).abs().max() < 1e-4
+
+
+def test_sharded_parameters_with_everything_else(images: Path, tmp_path: Path) -> None:
+    """LAMB, Mixup, accumulation, recomputed blocks, float16, compiled blocks; no NaN, and a state that loads."""
+    options = ["--data", str(images), "--epochs", "2", "--fsdp", "--batch-size", "8", "--accumulate", "2"]
+    options += ["--optimizer", "lamb", "--mixup", "0.8", "--precision", "float16", "--grad-checkpointing"]
+    first = train(2, *options, "--compile", "--out", str(tmp_path))
+    assert first.returncode == 0, first.stderr
+    state = load_state(saved_states(tmp_path / "checkpoints")[0])
+    assert state.epoch == 2 and all(math.isfinite(record["train_loss"]) for record in state.history)
+    again = train(2, *options, "--out", str(tmp_path))
+    assert again.returncode == 0 and "all epochs are done" in again.stderr + again.stdout
 
 
 def test_another_number_of_images_a_step_is_refused(images: Path, tmp_path: Path) -> None:

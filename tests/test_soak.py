@@ -15,4 +15,4 @@ def test_killed_runs_end_with_the_same_bits() -> None:
     script = Path(__file__).with_name("soak.py")
     result = subprocess.run([sys.executable, str(script), "--kills", "5"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("all with the same sha256") == 2
+    assert result.stdout.count("all with the same sha256") == 3

@@ -296,7 +296,7 @@ class TestFiles:
     ) -> None:
         spec = uninterrupted.spec
         wrong = ModelSpec(spec.name, {**spec.kwargs, **change}, spec.classes, spec.preprocessing)
-        save_weights(tmp_path / "wrong.safetensors", uninterrupted.model, wrong)
+        save_weights(tmp_path / "wrong.safetensors", uninterrupted.model.state_dict(), wrong)
         with pytest.raises(CheckpointError, match=rf"wrong\.safetensors.*{message}"):
             load_model(tmp_path / "wrong.safetensors")
 
@@ -304,7 +304,7 @@ class TestFiles:
         model = uninterrupted.spec.build()
         with torch.no_grad():
             next(model.parameters()).view(-1)[0] = float("nan")
-        save_weights(tmp_path / "nan.safetensors", model, uninterrupted.spec)
+        save_weights(tmp_path / "nan.safetensors", model.state_dict(), uninterrupted.spec)
         with pytest.raises(CheckpointError, match="NaN"):
             load_model(tmp_path / "nan.safetensors")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -15,31 +16,69 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         OSError: if it cannot be written; the old content is then intact.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = hidden(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        failure = failure_of_the_disk(error)
-        if failure is None:
-            raise
-        reason = f"cannot write ({failure.strerror}); what was there before is intact"
-        raise OSError(failure.errno, reason, str(path)) from error
+        with failures_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
+def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Make a folder such that a crash at any moment leaves the old one, the new one or (briefly) none, never a part.
+
+    Args:
+        path: the folder.
+        fill: makes it under the name that it is given.
+
+    Raises:
+        OSError: if it cannot be written; the old one is then intact.
+    """
+    temporary = hidden(path)
+    try:
+        with failures_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fill(temporary)
+            if path.exists():
+                remove(path)
+            os.replace(temporary, path)
+    finally:
+        _delete(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; a crash at any moment leaves it whole or out of sight."""
+    if path.is_dir():
+        doomed = path.with_name(f".{path.name}-old.{os.getpid()}")
+        os.replace(path, doomed)
+        path = doomed
+    _delete(path)
+
+
+def hidden(path: Path) -> Path:
+    """The name under which this process prepares a file or a folder."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what :func:`write_atomically` left half-written in a folder when its process was killed."""
+    """Remove what the functions above left half-written or half-deleted in a folder when their process was killed."""
     for path in folder.glob(".*.*"):
         process = path.name.rpartition(".")[2]
         if process.isdecimal() and not _alive(int(process)):
-            path.unlink(missing_ok=True)
+            _delete(path)
 
 
 def _alive(process: int) -> bool:
@@ -76,7 +115,20 @@ def sole_user(folder: Path) -> Iterator[None]:
         yield
 
 
-def failure_of_the_disk(error: BaseException | None) -> OSError | None:
+@contextlib.contextmanager
+def failures_named(path: Path) -> Iterator[None]:
+    """Let a failed write raise an OSError that names the file meant, not the one under way."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        failure = _failure_of_the_disk(error)
+        if failure is None:
+            raise
+        reason = f"cannot write ({failure.strerror}); what was there before is intact"
+        raise OSError(failure.errno, reason, str(path)) from error
+
+
+def _failure_of_the_disk(error: BaseException | None) -> OSError | None:
     """The OSError behind an error: torch.save lets a RuntimeError of its own take the place of a failed write."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__

@@ -43,11 +43,11 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
 NORMALISATION = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 RECIPE = {
-    "epochs": 3,
-    "batch_size": 128,
-    "lr": 2e-3,
+    "epochs": 2,
+    "batch_size": 64,
+    "lr": 1.5e-3,
     "weight_decay": 0.05,
-    "warmup_epochs": 0.5,
+    "warmup_epochs": 0.3,
     "shift": 2,
     "save_minutes": 1.0,
     "keep_checkpoints": 1,

@@ -51,7 +51,7 @@ def command(source: Path, name: str, output: Path, settings: tuple[tuple[str, An
     preprocessing = published_preprocessing(name)
     assert isinstance(preprocessing, Preprocessing)
     classes = tuple(str(i) for i in range(keywords.pop("num_classes", 0)))
-    save_weights(output, model, ModelSpec(name, keywords, classes, preprocessing))
+    save_weights(output, model.state_dict(), ModelSpec(name, keywords, classes, preprocessing))
     click.echo(f"{output}: {conversion.used} of {len(official)} official entries became {len(conversion.state_dict)}")
     reasons: dict[str, list[str]] = {}
     for entry, reason in conversion.left_out.items():

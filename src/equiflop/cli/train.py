@@ -140,7 +140,7 @@ def _introduce(trainer: Trainer, start: Path | None) -> None:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     size = "x".join(map(str, data.preprocessing.input_size))
     count = trainer.processes.count
-    where = f"{trainer.device}" + (f" and {count - 1} more processes" if count > 1 else "")
+    where = f"{trainer.device}" + (f" in {count} processes" if count > 1 else "")
     say(f"{trainer.config.model}: {parameters / 1e6:.2f} M parameters, input {size}, on {where}")
     say(f"{data.name} from {data.origin}: {len(data.train):,} images to train on, {len(data.test):,} to test on")
     if trainer.finished:
@@ -160,7 +160,7 @@ def _conclude(trainer: Trainer, history: list[EpochRecord], as_json: bool) -> No
     click.echo(f"test accuracy {100 * last.test_accuracy:.2f} % (top-5 {100 * last.test_top5:.2f} %)")
     if last.ema_accuracy is not None:
         click.echo(f"test accuracy of the averaged weights {100 * last.ema_accuracy:.2f} %")
-    click.echo(f"best {100 * best.best_accuracy:.2f} % after epoch {best.epoch}, in checkpoints/best.pt")
+    click.echo(f"best {100 * best.best_accuracy:.2f} % after epoch {best.epoch}, in {trainer.best_state}")
     click.echo(f"{seconds:,.0f} s of training")
     if any(record.unreadable for record in history):
         click.echo(f"images that could not be read are listed in {trainer.out / 'unreadable.txt'}")

@@ -12,24 +12,32 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from equiflop.files import write_atomically
 from equiflop.training.config import TrainConfig
 from equiflop.training.model_spec import ModelSpec
-from equiflop.training.state import CHECKPOINT_FOLDER, CheckpointError, load_state, saved_states
+from equiflop.training.sharding import load_whole
+from equiflop.training.state import CHECKPOINT_FOLDER, STATE_FILE, CheckpointError, load_state, saved_states
 
 #: Name of the final weights in a run's folder.
 WEIGHTS_FILE = "model.safetensors"
 _METADATA_KEY = "equiflop"
 
 
-def save_weights(path: Path, model: nn.Module, spec: ModelSpec, config: TrainConfig | None = None) -> None:
+def save_weights(path: Path, weights: Mapping[str, Tensor], spec: ModelSpec, config: TrainConfig | None = None) -> None:
     """Write a network's weights with its description as a safetensors file.
+
+    Args:
+        path: the file.
+        weights: the network's state dict.
+        spec: what it is.
+        config: how it was trained.
 
     Raises:
         OSError: if it cannot be written; what was there before is then intact.
     """
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     note: dict[str, Any] = {"spec": spec.to_json(), "config": config.to_dict() if config is not None else None}
     content = safetensors.torch.save(state, metadata={_METADATA_KEY: json.dumps(note)})
     write_atomically(path, lambda file: file.write(content))
@@ -55,7 +63,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: Path | s
             raise CheckpointError(
                 f"{origin}: {key} has shape {tuple(value.shape)}, the model needs {tuple(own[key].shape)}"
             )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        own_share = value.to_local() if isinstance(value, DTensor) else value
+        if value.is_floating_point() and not bool(torch.isfinite(own_share).all()):
             raise CheckpointError(f"{origin}: {key} holds NaN or infinite numbers")
     model.load_state_dict(dict(state))
 
@@ -82,7 +91,7 @@ def load_model(path: str | Path) -> TrainedModel:
 
     Args:
         path: a run's folder (its final weights, else its newest checkpoint), a ``.safetensors`` file or a checkpoint
-            (its averaged weights, if it has any).
+            (its averaged weights, if it has any), be it a file or the folder of a sharded one.
 
     Raises:
         CheckpointError: if it is missing, damaged, not finite, or not written by equiflop.
@@ -94,23 +103,25 @@ def load_model(path: str | Path) -> TrainedModel:
     else:
         saved = load_state(path)
         spec, config = saved.spec, saved.config
-        state = saved.model if saved.ema is None else saved.ema
+        part, state = ("model", saved.model) if saved.ema is None else ("ema", saved.ema)
     try:
         model = spec.build()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its model cannot be made ({error})") from error
+    if path.is_dir():
+        state = load_whole(path, part, state, model.state_dict())
     load_weights(model, state, path)
     return TrainedModel(model.eval(), spec, config, path)
 
 
 def _weights_in(path: Path) -> Path:
-    if path.is_file():
+    if path.is_file() or (path / STATE_FILE).is_file():
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder")
     candidates = [path / WEIGHTS_FILE, *saved_states(path / CHECKPOINT_FOLDER), *saved_states(path)]
     for candidate in candidates:
-        if candidate.is_file():
+        if candidate.exists():
             return candidate
     raise CheckpointError(f"{path}: holds neither {WEIGHTS_FILE} nor a checkpoint")
 

@@ -105,6 +105,7 @@ class TrainConfig:
     )
 
     seed: int = _setting(0, "Decides everything random.", 0, 2**63 - 1)
+    fsdp: bool = _setting(False, "Share parameters, gradients and optimiser out over the processes (FSDP2).")
     compile: bool = _setting(False, "Use torch.compile: a wait first, then faster.")
     device: str = _setting("auto", "auto, cpu, cuda or mps, or one of several such as cuda:1.")
     workers: int = _setting(0, "Processes that decode image files.", 0)

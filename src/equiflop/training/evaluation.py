@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from equiflop.data import Split
 from equiflop.training.processes import Processes
 from equiflop.training.progress import Progress
+from equiflop.training.sharding import is_sharded
 
 #: Bins of the expected calibration error (Guo et al., arXiv 1706.04599).
 CALIBRATION_BINS = 15
@@ -112,11 +114,15 @@ def evaluate(
     batch_size = min(batch_size, len(split))
     rank, count = (processes.rank, processes.count) if processes is not None else (0, 1)
     samples = torch.arange(rank, len(split), count)
+    # A sharded network's parameters are gathered by all processes together, so all call it equally often.
+    missing = math.ceil(math.ceil(len(split) / count) / batch_size) if is_sharded(model) else 0
+    blank = torch.zeros(batch_size, *split.preprocessing.input_size, device=device)
     try:
         with torch.no_grad():
             for batch in split.batches(samples, batch_size, workers=workers, skip_unreadable=skip_unreadable):
                 counts[4:] += torch.tensor([len(batch.images), len(batch.problems)])
                 if len(batch.images):
+                    missing -= 1
                     images = _filled(batch.images, batch_size).to(device)
                     logits = _finite_logits(model, images)[: len(batch.images)]
                     other = _finite_logits(model, images.flip(-1))[: len(batch.images)] if mirrored else logits
@@ -125,6 +131,8 @@ def evaluate(
                         _add_details(*details, logits, batch.labels)
                 if progress is not None:
                     progress.note(f"measuring {int(counts[4:].sum()) * count:,} of {len(split):,} images")
+            for _ in range(missing * (2 if mirrored else 1)):
+                model(blank)
     finally:
         model.train(was_training)
     if processes is not None:

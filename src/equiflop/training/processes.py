@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from equiflop.training.device import pick_device
 
@@ -60,11 +64,24 @@ class Processes:
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over the processes."""
-        if self.count == 1:
+        """The model with gradients averaged over the processes; a sharded one does that by itself."""
+        if self.count == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        return DistributedDataParallel(model, device_ids=devices)
+
+    @contextmanager
+    def averaging(self, network: nn.Module, last: bool) -> Iterator[None]:
+        """Average gradients over the processes, or gather them here until the last of several batches.
+
+        Args:
+            network: what :meth:`wrap` gave.
+            last: whether this is the last.
+        """
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(last)
+        with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
+            yield
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of a small tensor over the processes, on the CPU."""

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equiflop.files import write_atomically
+from equiflop.files import remove, replace_folder, write_atomically
 from equiflop.training.config import TrainConfig
 from equiflop.training.model_spec import ModelSpec
 
 #: Name of the folder of training states in a run's folder.
 CHECKPOINT_FOLDER = "checkpoints"
-#: Name of the best training state in that folder.
-BEST_FILE = "best.pt"
+#: Name of the best training state in that folder, without ".pt".
+BEST_NAME = "best"
+#: In the folder of a state whose tensors are shared out: the file with all the rest.
+STATE_FILE = "state.pt"
 _FORMAT = "equiflop-checkpoint-2"
 
 #: Parts of a training state that are kept as they are, and what they must be.
@@ -74,9 +76,9 @@ class TrainState:
     history: list[dict[str, float]]
 
 
-def state_path(folder: Path, total_steps: int) -> Path:
-    """Where the state after so many steps is kept."""
-    return folder / f"step-{total_steps:08d}.pt"
+def state_path(folder: Path, total_steps: int, sharded: bool = False) -> Path:
+    """Where the state after so many steps is kept: a file, or a folder if its tensors are shared out over processes."""
+    return folder / f"step-{total_steps:08d}{'' if sharded else '.pt'}"
 
 
 def save_state(path: Path, state: TrainState) -> None:
@@ -85,15 +87,29 @@ def save_state(path: Path, state: TrainState) -> None:
     Raises:
         OSError: if it cannot be written; earlier states are then intact.
     """
+    write_content(path, state)
+    remove_old_states(path.parent, state.config.keep_checkpoints)
+
+
+def write_content(path: Path, state: TrainState, shards: dict[str, int] | None = None) -> None:
+    """Write a state as one file.
+
+    Args:
+        path: the file.
+        state: what is in it.
+        shards: name and size in bytes of the files beside it that hold its other tensors.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     content = {
         "format": _FORMAT,
         "spec": state.spec.to_json(),
         "config": json.dumps(state.config.to_dict()),
+        "shards": shards or {},
         **{name: getattr(state, name) for name in _PLAIN_PARTS},
     }
     write_atomically(path, lambda file: torch.save(content, file))
-    for old in saved_states(path.parent)[state.config.keep_checkpoints :]:
-        old.unlink()
 
 
 def save_best(path: Path) -> None:
@@ -102,36 +118,58 @@ def save_best(path: Path) -> None:
     Raises:
         OSError: if it cannot be written; the best before is then intact.
     """
+    if path.is_dir():
+        replace_folder(path.with_name(BEST_NAME), lambda place: shutil.copytree(path, place))
+        return
     with open(path, "rb") as state:
-        write_atomically(path.with_name(BEST_FILE), lambda file: shutil.copyfileobj(state, file))
+        write_atomically(path.with_name(f"{BEST_NAME}.pt"), lambda file: shutil.copyfileobj(state, file))
 
 
 def saved_states(folder: Path) -> list[Path]:
     """The training states in a folder, the newest first."""
-    return sorted(folder.glob("step-*.pt"), reverse=True)
+    return sorted(folder.glob("step-*"), key=lambda path: path.stem, reverse=True)
+
+
+def remove_old_states(folder: Path, keep: int) -> None:
+    """Remove all but the newest states."""
+    for old in saved_states(folder)[keep:]:
+        remove(old)
+
+
+def remove_states(folder: Path) -> None:
+    """Remove all states, the best among them."""
+    for path in [*saved_states(folder), *folder.glob(BEST_NAME), *folder.glob(f"{BEST_NAME}.pt")]:
+        remove(path)
 
 
 def load_state(path: Path) -> TrainState:
-    """Read a training state.
+    """Read a training state; of one whose tensors are shared out, all but those, which are None.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or something else.
+        CheckpointError: if it is missing, damaged, incomplete or something else.
     """
+    file = path / STATE_FILE if path.is_dir() else path
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
+        raise CheckpointError(f"{file}: no such file") from error
     except PermissionError as error:
-        raise CheckpointError(f"{path}: no permission to read it") from error
+        raise CheckpointError(f"{file}: no permission to read it") from error
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        raise CheckpointError(f"{path}: not a checkpoint, or damaged or incomplete") from error
+        raise CheckpointError(f"{file}: not a checkpoint, or damaged or incomplete") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of equiflop train")
+        raise CheckpointError(f"{file}: not a checkpoint of equiflop train")
     try:
+        for name, size in content.get("shards", {}).items():
+            shard = file.with_name(name)
+            if not shard.is_file() or shard.stat().st_size != size:
+                raise CheckpointError(f"{shard}: missing or incomplete; it should have {size:,} bytes")
         return TrainState(
             spec=ModelSpec.from_json(content["spec"]),
             config=TrainConfig.from_dict(json.loads(content["config"])),
             **{name: kind(content[name]) for name, kind in _PLAIN_PARTS.items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: a checkpoint with a part missing or damaged ({error})") from error
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: a checkpoint with a part missing or damaged ({error})") from error

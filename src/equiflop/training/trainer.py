@@ -37,12 +37,14 @@ from equiflop.training.records import (
     write_logs,
     write_tensorboard,
 )
+from equiflop.training.sharding import gathered, load_shards, save_sharded_state, shard, units
 from equiflop.training.state import (
-    BEST_FILE,
+    BEST_NAME,
     CHECKPOINT_FOLDER,
     CheckpointError,
     TrainState,
     load_state,
+    remove_states,
     save_best,
     save_state,
     saved_states,
@@ -119,6 +121,8 @@ class Trainer:
         self.model: nn.Module = self._build().to(self.device)
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay) if config.ema_decay else None
         self.objective = Objective(config, self.data.classes, self.data.preprocessing).to(self.device)
+        if config.fsdp:
+            self._shard()
         self.network = self.processes.wrap(self.model)
         self.optimizer = create_optimizer_v2(
             self.model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay
@@ -153,6 +157,13 @@ class Trainer:
         if self.processes.first:
             self.processes.from_first(None)
         return data
+
+    def _shard(self) -> None:
+        if self.processes.count == 1:
+            raise ValueError("fsdp: there is only one process to share out to; start several with torchrun")
+        shard(self.model)
+        if self.ema is not None:
+            shard(self.ema.module)
 
     def _build(self) -> nn.Module:
         config = self.config
@@ -203,12 +214,12 @@ class Trainer:
         """
         problems: list[str] = []
         for path in self.processes.from_first(saved_states(self.out / CHECKPOINT_FOLDER)):
-            state, problem = None, f"{path}: cannot be read by another process"
-            try:
-                state = load_state(path)
-            except CheckpointError as error:
-                problem = str(error)
+            state, problem = self._read(path)
             failed = self.processes.largest(int(state is None))  # all processes take the same one
+            if state is not None and not failed:
+                self._check_same_run(state, path)
+                if self.config.fsdp:
+                    state, problem = self._read_shards(path, state)
             if state is None or failed:
                 problems.append(problem)
                 self.progress.print(f"{problem}; trying the one before")
@@ -219,6 +230,21 @@ class Trainer:
         if problems:
             raise CheckpointError(problems[0])
         return None
+
+    def _read(self, path: Path) -> tuple[TrainState | None, str]:
+        """A state, or None and why it cannot be read."""
+        try:
+            return load_state(path), f"{path}: cannot be read by another process"
+        except CheckpointError as error:
+            return None, str(error)
+
+    def _read_shards(self, path: Path, state: TrainState) -> tuple[TrainState | None, str]:
+        """The same with the shares of this process."""
+        try:
+            ema = None if self.ema is None else self.ema.module
+            return load_shards(path, state, self.model, ema, self.optimizer), ""
+        except CheckpointError as error:
+            return None, str(error)
 
     def start_anew(self) -> None:
         """Remove what an earlier run left in the run's folder: checkpoints, weights and logs.
@@ -239,9 +265,7 @@ class Trainer:
         """
         if self.processes.first:
             with sole_user(self.out):
-                for path in saved_states(self.out / CHECKPOINT_FOLDER):
-                    path.unlink()
-                (self.out / CHECKPOINT_FOLDER / BEST_FILE).unlink(missing_ok=True)
+                remove_states(self.out / CHECKPOINT_FOLDER)
         self.processes.from_first(None)
 
     def run(self) -> list[EpochRecord]:
@@ -343,10 +367,10 @@ class Trainer:
             OSError: if it cannot be written; earlier states are then intact.
         """
         total_steps = self.epoch * self.steps_per_epoch + self.step
-        path = state_path(self.out / CHECKPOINT_FOLDER, total_steps)
+        path = state_path(self.out / CHECKPOINT_FOLDER, total_steps, self.config.fsdp)
         self._note_unreadable()
         self._saved_at = time.monotonic()
-        if not self.processes.first:
+        if not self.processes.first and not self.config.fsdp:
             return path
         state = TrainState(
             spec=self.spec,
@@ -362,7 +386,12 @@ class Trainer:
             running=asdict(self._running),
             history=[asdict(record) for record in self.history],
         )
-        save_state(path, state)
+        if self.config.fsdp:
+            save_sharded_state(path, state, self.processes)
+        else:
+            save_state(path, state)
+        if not self.processes.first:
+            return path
         self._keep_if_best(path)
         write_logs(self.out, self.history)
         if self.config.tensorboard and self.step == 0 and self.history:
@@ -374,6 +403,11 @@ class Trainer:
             return
         if all(record.best_accuracy < self.history[-1].best_accuracy for record in self.history[:-1]):
             save_best(path)
+
+    @property
+    def best_state(self) -> Path:
+        """Where the state after the best epoch is kept."""
+        return self.out / CHECKPOINT_FOLDER / f"{BEST_NAME}{'' if self.config.fsdp else '.pt'}"
 
     def _images_per_step(self) -> int:
         return self.batch_size * self.processes.count * self.config.accumulate
@@ -395,8 +429,9 @@ class Trainer:
     def write_weights(self) -> Path:
         """Write the final weights as ``model.safetensors``, those averaged where there are any."""
         path = self.out / WEIGHTS_FILE
+        weights = gathered((self.model if self.ema is None else self.ema.module).state_dict())
         if self.processes.first:
-            save_weights(path, self.model if self.ema is None else self.ema.module, self.spec, self.config)
+            save_weights(path, weights, self.spec, self.config)
         return path
 
     def _train_step(self, batches: list[Batch]) -> None:
@@ -406,8 +441,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         images_before = self._running.images
         for number, batch in enumerate(batches):
-            synchronise = number == len(batches) - 1 or self.processes.count == 1
-            with contextlib.nullcontext() if synchronise else self.network.no_sync():  # type: ignore[operator]
+            with self.processes.averaging(self.network, last=number == len(batches) - 1):
                 self._accumulate(number, batch)
         if self._running.images == images_before:
             raise ValueError(f"no image of a whole step can be read, for example {batches[0].problems[0]}")
@@ -505,7 +539,7 @@ class Trainer:
             self.progress.clear()
             raise TrainingInterrupted(self.save(), self.epoch, self.step, signal_number)
 
-    def _take(self, state: TrainState, path: Path) -> None:
+    def _check_same_run(self, state: TrainState, path: Path) -> None:
         differences = self.config.differences(state.config)
         if differences:
             name = differences[0]
@@ -523,6 +557,8 @@ class Trainer:
                 f"{path}: is of other data ({state.training_images:,} training images in {len(state.spec.classes)} "
                 f"classes there, {len(self.data.train):,} in {len(self.data.classes)} here); take another folder"
             )
+
+    def _take(self, state: TrainState, path: Path) -> None:
         load_weights(self.model, state.model, path)
         try:
             if self.ema is not None:
@@ -541,7 +577,8 @@ class Trainer:
         problem = compile_problem(self.device)
         if problem is None:
             self.progress.note("compiling, which takes up to a minute")
-            self.model.compile(dynamic=False)
+            for part in units(self.model) if self.config.fsdp else [self.model]:
+                part.compile(dynamic=False)
         else:
             self.progress.print(f"torch.compile does not work here ({problem}); going on without it")
         self._compiled = True
