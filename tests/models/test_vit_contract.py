@@ -450,6 +450,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "pooling": ({"global_pool": "mean"}, r"global_pool='mean' is unknown; use 'token', 'avg'"),
     "token": ({"class_token": False}, r"global_pool='token' needs class_token=True"),
     "width": ({"embed_dim": 770, "group": "octic"}, r"embed_dim=770 is not divisible by \|G\|=8 \(group octic\)"),
+    "multiplicities of another width": (
+        {"multiplicities": (20, 20)},
+        r"multiplicities=\(20, 20\) of group 'flop' make 40 channels, not embed_dim=32",
+    ),
+    "multiplicities of another group": ({"multiplicities": (8, 8, 16)}, "has 3 entries; group flop has 2 irreps"),
+    "no invariant channel": ({"multiplicities": (0, 32)}, "hold no invariant channel"),
     "odd width": ({"embed_dim": 33}, r"embed_dim=33 is not divisible by \|G\|=2"),
     "heads": ({"num_heads": 5}, r"num_heads=5 does not divide.*divisor of 16"),
     "image": ({"img_size": (32, 36)}, r"image width 36 is not a multiple of the patch width 8; use 32 or 40"),
@@ -482,6 +488,8 @@ def test_refusals_of_the_other_designs() -> None:
             small_vit(DESIGNS[design], equivariant_depth=9)
         with pytest.raises(ValueError, match="embed_dim=33 is not divisible"):
             small_vit(DESIGNS[design], embed_dim=33)
+    with pytest.raises(ValueError, match=r"multiplicities=\(8, 24\) do not apply to a hybrid model"):
+        small_vit(DESIGNS["hybrid"], multiplicities=(8, 24))
 
 
 @every_name

@@ -65,6 +65,20 @@ def test_invariants(group: str, design: str, invariants: str) -> None:
     assert worst_error(scrambled(model), group) < 1e-12
 
 
+@pytest.mark.parametrize("design", ["equivariant", "invariant"])
+@pytest.mark.parametrize(
+    ("group", "multiplicities"), [("flop", (8, 24)), ("flop", (28, 4)), ("octic", (6, 2, 4, 0, 10)), ("rot4", (2, 6, 12))]
+)
+def test_any_share_of_every_irrep(group: str, multiplicities: tuple[int, ...], design: str) -> None:
+    model = small_vit(DESIGNS[design], torch.float64, group=group, multiplicities=multiplicities)
+    assert model.rep.multiplicities == multiplicities
+    assert worst_error(scrambled(model), group) < 1e-12
+    first = model.blocks[0]
+    _, invariant = first.attn.proj.weights()[0]
+    assert invariant.shape == (multiplicities[0], multiplicities[0])
+    assert first.mlp.fc1.out_rep.regular_copies  # a nonlinearity in the spatial domain needs all irreps alike
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("group", IMAGE_GROUPS)
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from equiflop.files import failures_named, hidden, replace_folder
+from equiflop.files import failures_named, hidden, remove, replace_folder
 from equiflop.training.processes import Processes
 from equiflop.training.state import STATE_FILE, CheckpointError, TrainState, remove_old_states, write_content
 
@@ -72,6 +72,8 @@ def save_sharded_state(path: Path, state: TrainState, processes: Processes) -> N
     except OSError as error:
         problem = error
     if processes.largest(int(problem is not None)):
+        if processes.first:
+            remove(folder)
         raise problem or OSError(f"{path}: another process cannot write its share; what was there before is intact")
 
 
