@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from equiflop.files import sole_user
 from equiflop.training import load_model
 from equiflop.training.state import load_state, saved_states
 
@@ -126,7 +127,7 @@ def test_a_signal_to_one_run_of_two_processes_stops_both_and_resumes_exactly(ima
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=100)
-    assert "stopped in epoch" in errors or running.returncode != 0
+    assert "stopped in epoch" in errors and running.returncode != 0
     again = train(2, *options, "--out", str(out))
     assert again.returncode == 0, again.stderr
     assert (out / "model.safetensors").read_bytes() != b""
@@ -219,6 +220,38 @@ def test_sharded_parameters_with_everything_else(images: Path, tmp_path: Path) -
     assert state.epoch == 2 and all(math.isfinite(record["train_loss"]) for record in state.history)
     again = train(2, *options, "--out", str(tmp_path))
     assert again.returncode == 0 and "all epochs are done" in again.stderr + again.stdout
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_test_image_that_cannot_be_read_stops_both_and_loses_no_step(tmp_path: Path, fsdp: bool) -> None:
+    images = write_images(tmp_path / "images", 64, 7)
+    broken = images / "test" / "class1" / "004.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:40])
+    options = ["--data", str(images), "--epochs", "2", "--batch-size", "16", "--out", str(tmp_path / "run")]
+    options += ["--fsdp"] if fsdp else []
+    failed = train(2, *options)
+    assert failed.returncode != 0
+    assert str(broken) in failed.stderr and "another process found a test image" in failed.stderr
+    state = load_state(saved_states(tmp_path / "run" / "checkpoints")[0])
+    assert (state.epoch, state.step) == (0, 2)
+    broken.write_bytes(content)
+    again = train(2, *options)
+    assert again.returncode == 0, again.stderr
+    assert "2 steps done" in again.stderr + again.stdout
+
+
+def test_a_killed_run_with_loader_workers_goes_on_at_once(images: Path, tmp_path: Path) -> None:
+    """Workers outlive their process for seconds and must not keep the folder."""
+    options = ["--data", str(images), "--epochs", "300", "--batch-size", "16", "--workers", "2", "--out", str(tmp_path)]
+    running = subprocess.Popen(command(1, *options), stderr=subprocess.DEVNULL, env=environment())
+    deadline = time.monotonic() + 100
+    while not saved_states(tmp_path / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    with sole_user(tmp_path):
+        assert saved_states(tmp_path / "checkpoints")
 
 
 def test_another_number_of_images_a_step_is_refused(images: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+_in_use: set[Path] = set()  # folders of this process: its own locks do not keep it out
+
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file such that a reader, or a crash at any moment, finds the old content or the new, never a part.
@@ -105,14 +107,22 @@ def sole_user(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    place = folder.resolve()
+    refusal = f"out={str(folder)!r}: another process is training there; take another folder"
+    if place in _in_use:
+        raise ValueError(refusal)
+    with open(place / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"out={str(folder)!r}: another process is training there; take another folder") from error
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which lives on in loader workers
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(refusal) from error
         except OSError:  # a file system without locks
             pass
-        yield
+        _in_use.add(place)
+        try:
+            yield
+        finally:
+            _in_use.discard(place)
 
 
 @contextlib.contextmanager

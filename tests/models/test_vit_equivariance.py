@@ -67,7 +67,8 @@ def test_invariants(group: str, design: str, invariants: str) -> None:
 
 @pytest.mark.parametrize("design", ["equivariant", "invariant"])
 @pytest.mark.parametrize(
-    ("group", "multiplicities"), [("flop", (8, 24)), ("flop", (28, 4)), ("octic", (6, 2, 4, 0, 10)), ("rot4", (2, 6, 12))]
+    ("group", "multiplicities"),
+    [("flop", (8, 24)), ("flop", (28, 4)), ("octic", (6, 2, 4, 0, 10)), ("rot4", (2, 6, 12))],
 )
 def test_any_share_of_every_irrep(group: str, multiplicities: tuple[int, ...], design: str) -> None:
     model = small_vit(DESIGNS[design], torch.float64, group=group, multiplicities=multiplicities)

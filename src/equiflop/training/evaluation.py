@@ -105,7 +105,8 @@ def evaluate(
         classes: number of classes, to count them one by one and to measure the calibration.
 
     Raises:
-        ValueError: if an image cannot be read (unless told to skip it), none can, or a logit is not finite.
+        ValueError: if an image cannot be read (unless told to skip it), none can, or a logit is not finite; in all
+            processes.
     """
     was_training = model.training
     model.eval()
@@ -115,26 +116,39 @@ def evaluate(
     rank, count = (processes.rank, processes.count) if processes is not None else (0, 1)
     samples = torch.arange(rank, len(split), count)
     # A sharded network's parameters are gathered by all processes together, so all call it equally often.
-    missing = math.ceil(math.ceil(len(split) / count) / batch_size) if is_sharded(model) else 0
-    blank = torch.zeros(batch_size, *split.preprocessing.input_size, device=device)
+    calls = math.ceil(math.ceil(len(split) / count) / batch_size) * (1 + mirrored) if is_sharded(model) else 0
+    problem: ValueError | None = None
+
+    def classify(images: Tensor, wanted: int) -> Tensor:
+        nonlocal calls
+        calls -= 1
+        return _finite_logits(model, images)[:wanted]
+
     try:
         with torch.no_grad():
-            for batch in split.batches(samples, batch_size, workers=workers, skip_unreadable=skip_unreadable):
-                counts[4:] += torch.tensor([len(batch.images), len(batch.problems)])
-                if len(batch.images):
-                    missing -= 1
-                    images = _filled(batch.images, batch_size).to(device)
-                    logits = _finite_logits(model, images)[: len(batch.images)]
-                    other = _finite_logits(model, images.flip(-1))[: len(batch.images)] if mirrored else logits
-                    counts[:4] += _count(logits, other, batch.labels)
-                    if classes:
-                        _add_details(*details, logits, batch.labels)
-                if progress is not None:
-                    progress.note(f"measuring {int(counts[4:].sum()) * count:,} of {len(split):,} images")
-            for _ in range(missing * (2 if mirrored else 1)):
-                model(blank)
+            try:
+                for batch in split.batches(samples, batch_size, workers=workers, skip_unreadable=skip_unreadable):
+                    wanted = len(batch.images)
+                    counts[4:] += torch.tensor([wanted, len(batch.problems)])
+                    if wanted:
+                        images = _filled(batch.images, batch_size).to(device)
+                        logits = classify(images, wanted)
+                        other = classify(images.flip(-1), wanted) if mirrored else logits
+                        counts[:4] += _count(logits, other, batch.labels)
+                        if classes:
+                            _add_details(*details, logits, batch.labels)
+                    if progress is not None:
+                        progress.note(f"measuring {int(counts[4:].sum()) * count:,} of {len(split):,} images")
+            except ValueError as error:  # the other processes are told first
+                problem = error
+            for _ in range(calls):
+                model(torch.zeros(batch_size, *split.preprocessing.input_size, device=device))
     finally:
         model.train(was_training)
+    if processes is not None and processes.largest(int(problem is not None)) and problem is None:
+        problem = ValueError("another process found a test image that cannot be used")
+    if problem is not None:
+        raise problem
     if processes is not None:
         counts = processes.total(counts)
         details = processes.total(details[0]), processes.total(details[1])

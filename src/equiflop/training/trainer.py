@@ -499,9 +499,8 @@ class Trainer:
         try:
             measured = self._measure(self.model)
             averaged = self._measure(self.ema.module) if self.ema is not None else None
-        except ValueError:
-            if self.processes.count == 1:  # what was trained is not lost with a test image that cannot be read
-                self.save()
+        except ValueError:  # what was trained is not lost with a test image that cannot be read
+            self.save()
             raise
         record = EpochRecord(
             epoch=self.epoch + 1,
