@@ -1,5 +1,6 @@
 """Training: exact resume, files that survive accidents, and measurements that count what they say."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from equiflop.data import Batch, ImageData, MemorySplit, Preprocessing
-from equiflop.files import remove_leftovers, sole_user
+from equiflop.files import remove_leftovers, replace_folder, sole_user
 from equiflop.training import (
     CheckpointError,
     MirrorAveraged,
@@ -233,11 +234,43 @@ class TestFiles:
         folder = tmp_path / "checkpoints"
         folder.mkdir()
         dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
-        names = [f".step-00000001.pt.{dead}", f".step-00000001.pt.{os.getppid()}", ".hidden.txt"]
-        for name in names:
+        kept = [f".step-00000001.pt.new.{os.getppid()}", ".hidden.txt", ".not.ours.7"]
+        for name in [f".step-00000001.pt.new.{dead}", f".step-00000001.pt.new.{os.getpid()}", *kept]:
             (folder / name).write_bytes(b"half")
+        (folder / f".step-00000002.gone.{dead}").mkdir()
         remove_leftovers(folder)
-        assert {path.name for path in folder.iterdir()} == set(names[1:])
+        assert {path.name for path in folder.iterdir()} == set(kept)
+
+    @pytest.mark.parametrize("renames", range(4))
+    def test_a_folder_that_is_being_replaced_is_never_lost(
+        self, renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Killed before every one of the renames: the old content or the new, whole."""
+
+        def fill(place: Path) -> None:
+            place.mkdir()
+            (place / "content").write_text("new")
+
+        path = tmp_path / "best"
+        path.mkdir()
+        (path / "content").write_text("old")
+        left = [renames]
+        replace, killed = os.replace, KeyboardInterrupt
+
+        def dying(source: Path, target: Path) -> None:
+            if left[0] == 0:
+                raise killed
+            left[0] -= 1
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", dying)
+        monkeypatch.setattr("equiflop.files._delete", lambda path: None)  # nor was there time for that
+        with contextlib.suppress(killed):
+            replace_folder(path, fill)
+        monkeypatch.undo()
+        remove_leftovers(tmp_path)
+        assert [place.name for place in tmp_path.iterdir()] == ["best"]
+        assert (path / "content").read_text() == ("new" if renames > 1 else "old")
 
     def test_the_best_state_is_kept(self, tmp_path: Path) -> None:
         trainer = Trainer(config_for(tmp_path, keep_checkpoints=1), toy_data())

@@ -33,7 +33,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Make a folder such that a crash at any moment leaves the old one, the new one or (briefly) none, never a part.
+    """Make a folder such that after a crash at any moment the old one or the new one is there, never a part.
 
     Args:
         path: the folder.
@@ -47,25 +47,35 @@ def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
         with failures_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             fill(temporary)
-            if path.exists():
-                remove(path)
-            os.replace(temporary, path)
+            put_in_place(path)
     finally:
         _delete(temporary)
+
+
+def put_in_place(path: Path) -> None:
+    """Let the folder that was prepared as ``hidden(path)`` take the place of ``path``.
+
+    Between two renames there is none; :func:`remove_leftovers` then puts the old one back.
+    """
+    old = hidden(path, "old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(hidden(path), path)
+    remove(old)
 
 
 def remove(path: Path) -> None:
     """Delete a file or a folder; a crash at any moment leaves it whole or out of sight."""
     if path.is_dir():
-        doomed = path.with_name(f".{path.name}-old.{os.getpid()}")
+        doomed = hidden(path, "gone")
         os.replace(path, doomed)
         path = doomed
     _delete(path)
 
 
-def hidden(path: Path) -> Path:
-    """The name under which this process prepares a file or a folder."""
-    return path.with_name(f".{path.name}.{os.getpid()}")
+def hidden(path: Path, state: str = "new") -> Path:
+    """The name under which this process prepares a file or a folder, or keeps it out of sight."""
+    return path.with_name(f".{path.name.lstrip('.')}.{state}.{os.getpid()}")
 
 
 def _delete(path: Path) -> None:
@@ -76,10 +86,17 @@ def _delete(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what the functions above left half-written or half-deleted in a folder when their process was killed."""
-    for path in folder.glob(".*.*"):
-        process = path.name.rpartition(".")[2]
-        if process.isdecimal() and not _alive(int(process)):
+    """Remove what the functions above left half-written or half-deleted in a folder when their process was killed.
+
+    To be called before this process writes anything there: it may have the number of the process that was killed.
+    """
+    for path in folder.glob(".*.*.*"):
+        name, state, process = path.name[1:].rsplit(".", 2)
+        if not process.isdecimal() or (_alive(int(process)) and int(process) != os.getpid()):
+            continue
+        if state == "old" and not path.with_name(name).exists():
+            os.replace(path, path.with_name(name))
+        elif state in ("new", "old", "gone"):
             _delete(path)
 
 
@@ -134,7 +151,7 @@ def failures_named(path: Path) -> Iterator[None]:
         failure = _failure_of_the_disk(error)
         if failure is None:
             raise
-        reason = f"cannot write ({failure.strerror}); what was there before is intact"
+        reason = f"cannot write ({failure.strerror or failure}); what was there before is intact"
         raise OSError(failure.errno, reason, str(path)) from error
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -146,10 +147,10 @@ def replace_activation(model: nn.Module, kind: str) -> None:
 def load_images(source: str | None, folder: Path) -> ImageData:
     """CIFAR-10 in memory, from JPEG files or from torchvision; read once and then kept in ``folder``."""
     kept = folder / "images.pt"
-    if not kept.is_file():
-        content = read_images(source)
+    content = torch.load(kept, weights_only=True) if kept.is_file() else {}
+    if content.get("source") != str(source):
+        content = read_images(source) | {"source": str(source)}
         write_atomically(kept, lambda file: torch.save(content, file))
-    content = torch.load(kept, weights_only=True)
     train, test = (MemorySplit(images, labels, NORMALISATION) for images, labels in (content["train"], content["test"]))
     return ImageData("CIFAR-10", source or "torchvision", tuple(content["classes"]), train, test)
 
@@ -227,6 +228,13 @@ def finished() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
 
 
+def is_of(record: dict[str, Any], run: Run) -> bool:
+    """Whether a line of the results is of this run, with today's recipe."""
+    config = record["config"]
+    wanted = {**RECIPE, "model": run.model, "model_kwargs": run.keywords, "seed": run.seed}
+    return record["run"] == run.name and all(config[name] == value for name, value in wanted.items())
+
+
 def run_all(source: str | None, folder: Path, seeds: int, jobs: int) -> None:
     """All runs that are not in the results yet, so many at a time, each in a process of its own.
 
@@ -234,35 +242,50 @@ def run_all(source: str | None, folder: Path, seeds: int, jobs: int) -> None:
         SystemExit: if a run failed; the others were finished.
     """
     load_images(source, folder)
-    done = {record["run"] for record in finished()}
-    waiting = [run for run in all_runs(seeds) if run.name not in done]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    waiting = [run for run in all_runs(seeds) if not any(is_of(record, run) for record in finished())]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    children: list[subprocess.Popen[bytes]] = []
     failed = []
 
     def start(run: Run) -> tuple[Run, int]:
         command = [sys.executable, __file__, "one", "--name", run.name, "--seeds", str(seeds), "--out", str(folder)]
+        command += ["--data", source] if source else []
         (folder / run.name).mkdir(parents=True, exist_ok=True)
         with open(folder / run.name / "output.txt", "ab") as output:
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            return run, subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
+            child = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        children.append(child)
+        return run, child.wait()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(jobs) as pool:
-        for run, code in (future.result() for future in as_completed([pool.submit(start, run) for run in waiting])):
-            if code:
-                failed.append(f"{run.name}: exit code {code}, see {folder / run.name / 'output.txt'}")
-                continue
-            record = json.loads((folder / run.name / "result.json").read_text())
-            text = "".join(json.dumps(line) + "\n" for line in [*finished(), record])
-            write_atomically(RESULTS, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
-            print(f"{run.name}: {100 * record['accuracy']:.2f} %, {record['train_seconds']:.0f} s", flush=True)
+        futures = [pool.submit(start, run) for run in waiting]
+        try:
+            for run, code in (future.result() for future in as_completed(futures)):
+                if code:
+                    failed.append(f"{run.name}: exit code {code}, see {folder / run.name / 'output.txt'}")
+                else:
+                    _add(json.loads((folder / run.name / "result.json").read_text()))
+        except KeyboardInterrupt:  # what runs saves its state and stops, what waits does not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.terminate()
+            raise SystemExit("stopped; the same command goes on") from None
     if failed:
         raise SystemExit("\n".join(failed))
 
 
-def run_one(name: str, folder: Path, seeds: int) -> None:
+def _add(record: dict[str, Any]) -> None:
+    """A line of the results, in the place of an older one of that name."""
+    lines = [line for line in finished() if line["run"] != record["run"]]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, record])
+    write_atomically(RESULTS, lambda file: file.write(text.encode()))
+    print(f"{record['run']}: {100 * record['accuracy']:.2f} %, {record['train_seconds']:.0f} s", flush=True)
+
+
+def run_one(name: str, source: str | None, folder: Path, seeds: int) -> None:
     """One run by its name; writes ``result.json`` into its folder."""
     run = {run.name: run for run in all_runs(seeds)}[name]
-    text = json.dumps(execute(run, load_images(None, folder), folder))
+    text = json.dumps(execute(run, load_images(source, folder), folder))
     write_atomically(folder / name / "result.json", lambda file: file.write(text.encode()))
 
 
@@ -342,7 +365,7 @@ def main() -> None:
     if options.what == "run":
         run_all(options.data, options.out, options.seeds, options.jobs)
     elif options.what == "one":
-        run_one(options.name, options.out, options.seeds)
+        run_one(options.name, options.data, options.out, options.seeds)
     else:
         report()
 

@@ -115,6 +115,8 @@ def load_model(path: str | Path) -> TrainedModel:
 
 
 def _weights_in(path: Path) -> Path:
+    if path.name == STATE_FILE:
+        path = path.parent
     if path.is_file() or (path / STATE_FILE).is_file():
         return path
     if not path.is_dir():

@@ -146,7 +146,7 @@ def evaluate(
     finally:
         model.train(was_training)
     if processes is not None and processes.largest(int(problem is not None)) and problem is None:
-        problem = ValueError("another process found a test image that cannot be used")
+        problem = ValueError("another process could not measure its test images")
     if problem is not None:
         raise problem
     if processes is not None:

@@ -83,6 +83,13 @@ class Processes:
         with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
             yield
 
+    def same_buffers(self, model: nn.Module) -> None:
+        """Give all processes the first one's running statistics, which gradients do not keep equal."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    dist.broadcast(buffer, src=0)
+
     def total(self, values: Tensor) -> Tensor:
         """Sum of a small tensor over the processes, on the CPU."""
         if self.count == 1:

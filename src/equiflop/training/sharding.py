@@ -6,6 +6,7 @@ written and read by torch.distributed.checkpoint. Neither can hold code. Any num
 
 from __future__ import annotations
 
+import errno
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,10 +19,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from equiflop.files import failures_named, hidden, remove, replace_folder
+from equiflop.files import failures_named, hidden, put_in_place, remove
 from equiflop.training.processes import Processes
 from equiflop.training.state import STATE_FILE, CheckpointError, TrainState, remove_old_states, write_content
 
@@ -29,16 +31,26 @@ _LIBRARY = "torch.distributed.checkpoint"
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """The parts whose parameters are gathered together: the entries of every list called ``blocks``."""
+    """The parts whose parameters are gathered together: entries of the lists called ``blocks``, inner ones first."""
+
+    def entries(module: nn.Module) -> list[nn.Module]:
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            return [entry for child in module.children() for entry in entries(child)]
+        return [module]
+
     lists = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks"]
-    return [block for blocks in lists for block in blocks.children()]
+    return [entry for blocks in reversed(lists) for child in blocks.children() for entry in entries(child)]
 
 
-def shard(model: nn.Module) -> None:
-    """Share a network's parameters out over all processes; each gathers those of a block while it computes it."""
+def shard(model: nn.Module, processes: Processes) -> None:
+    """Share a network's parameters out over all processes; each gathers those of a block while it computes it.
+
+    The network moves to the device of the process, part by part.
+    """
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
     for unit in units(model):
-        fully_shard(unit)
-    fully_shard(model)
+        fully_shard(unit, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -46,29 +58,55 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def gathered(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with whole tensors on the CPU; all processes must call it."""
-    return {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in state.items()}
+def gathered(state: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """A state dict with whole tensors on the CPU, in the first process; all processes must call it."""
+    whole = {}
+    for name, value in state.items():
+        tensor = value.full_tensor() if isinstance(value, DTensor) else value
+        if processes.first:
+            whole[name] = tensor.cpu()
+    return whole
+
+
+def check_optimizer(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """See that an optimiser can be shared out, once it has made a step.
+
+    Raises:
+        ValueError: if it keeps tensors of other shapes than those of the parameters.
+    """
+    for parameter, values in optimizer.state.items():
+        if any(isinstance(value, DTensor) and value.shape != parameter.shape for value in values.values()):
+            raise ValueError(
+                f"optimizer={name!r} keeps tensors of other shapes than its parameters, which fsdp cannot share out; "
+                "use adamw, lamb or sgd"
+            )
 
 
 def save_sharded_state(path: Path, state: TrainState, processes: Processes) -> None:
     """Write a training state, every process its own share, and remove the oldest beside it.
 
     Raises:
-        OSError: if one process cannot write; earlier states are then intact.
+        OSError: if one process cannot write, or not where the first one sees it; earlier states are then intact.
     """
     tensors, rest = _take_apart(state)
     folder = Path(processes.from_first(str(hidden(path))))
+    if processes.first:
+        remove(folder)
+    processes.from_first(None)
     problem: OSError | None = None
     try:
         with failures_named(path), _plain_failures():
             writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
             dcp.save(tensors, storage_writer=writer)
+        written = set(processes.gathered([file.name for file in folder.iterdir()]))
         if processes.first:
             sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+            if written - sizes.keys():
+                raise OSError(errno.EXDEV, "all processes must write to one disk, which they do not share", str(path))
             write_content(folder / STATE_FILE, rest, sizes)
-            replace_folder(path, folder.rename)
-            remove_old_states(path.parent, state.config.keep_checkpoints)
+            with failures_named(path):
+                put_in_place(path)
+                remove_old_states(path.parent, state.config.keep_checkpoints)
     except OSError as error:
         problem = error
     if processes.largest(int(problem is not None)):
@@ -99,8 +137,8 @@ def load_shards(path: Path, state: TrainState, model: nn.Module, ema: nn.Module 
     }
     filled = replace(
         state,
-        model=_fill(state.model, model.state_dict()),
-        ema=None if ema is None or state.ema is None else _fill(state.ema, ema.state_dict()),
+        model=_fill(path, state.model, model.state_dict()),
+        ema=None if ema is None or state.ema is None else _fill(path, state.ema, ema.state_dict()),
         optimizer={**state.optimizer, "state": slots},
     )
     tensors, _ = _take_apart(filled)
@@ -120,16 +158,16 @@ def load_whole(path: Path, part: str, state: dict[str, Any], own: dict[str, Tens
     Raises:
         CheckpointError: if a file is missing or damaged.
     """
-    filled = _fill(state, own)
+    filled = _fill(path, state, own)
     _read(path, {f"{part}.{name}": filled[name] for name, value in state.items() if value is None}, alone=True)
     return filled
 
 
-def _fill(state: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Any]:
+def _fill(path: Path, state: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Any]:
     try:
         return {name: torch.zeros_like(own[name]) if value is None else value for name, value in state.items()}
     except KeyError as error:
-        raise CheckpointError(f"weights of another model: unexpected {error}") from error
+        raise CheckpointError(f"{path}: weights of another model: unexpected {error}") from error
 
 
 def _read(path: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:

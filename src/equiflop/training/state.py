@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,10 +120,23 @@ def save_best(path: Path) -> None:
         OSError: if it cannot be written; the best before is then intact.
     """
     if path.is_dir():
-        replace_folder(path.with_name(BEST_NAME), lambda place: shutil.copytree(path, place))
+        replace_folder(path.with_name(BEST_NAME), lambda place: _copy_files(path, place))
         return
     with open(path, "rb") as state:
         write_atomically(path.with_name(f"{BEST_NAME}.pt"), lambda file: shutil.copyfileobj(state, file))
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy a folder of files that are never changed: as further names of the same files, where the disk has such."""
+    target.mkdir()
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except OSError:
+            with open(file, "rb") as content, open(target / file.name, "wb") as copy:
+                shutil.copyfileobj(content, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
 
 
 def saved_states(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from equiflop.data import Augmentation, Batch, ImageData, open_data
 from equiflop.data.randomness import derive_seed, epoch_order
@@ -37,7 +38,7 @@ from equiflop.training.records import (
     write_logs,
     write_tensorboard,
 )
-from equiflop.training.sharding import gathered, load_shards, save_sharded_state, shard, units
+from equiflop.training.sharding import check_optimizer, gathered, load_shards, save_sharded_state, shard, units
 from equiflop.training.state import (
     BEST_NAME,
     CHECKPOINT_FOLDER,
@@ -118,7 +119,9 @@ class Trainer:
         self.data = data if data is not None else self._open_data()
         self.spec = _spec_for(config, self.data)
         torch.manual_seed(derive_seed(config.seed, _INITIALISATION))
-        self.model: nn.Module = self._build().to(self.device)
+        self.model: nn.Module = self._build()
+        if not config.fsdp:
+            self.model.to(self.device)
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay) if config.ema_decay else None
         self.objective = Objective(config, self.data.classes, self.data.preprocessing).to(self.device)
         if config.fsdp:
@@ -161,9 +164,12 @@ class Trainer:
     def _shard(self) -> None:
         if self.processes.count == 1:
             raise ValueError("fsdp: there is only one process to share out to; start several with torchrun")
-        shard(self.model)
-        if self.ema is not None:
-            shard(self.ema.module)
+        for network in self._networks():
+            shard(network, self.processes)
+
+    def _networks(self) -> list[nn.Module]:
+        """The network and, if there is one, that of the averaged weights."""
+        return [self.model] if self.ema is None else [self.model, self.ema.module]
 
     def _build(self) -> nn.Module:
         config = self.config
@@ -218,15 +224,17 @@ class Trainer:
             failed = self.processes.largest(int(state is None))  # all processes take the same one
             if state is not None and not failed:
                 self._check_same_run(state, path)
-                if self.config.fsdp:
-                    state, problem = self._read_shards(path, state)
-            if state is None or failed:
-                problems.append(problem)
-                self.progress.print(f"{problem}; trying the one before")
-                continue
-            self._take(state, path)
-            self._resumed_from = path
-            return path
+                try:
+                    self._take(state, path)
+                except CheckpointError as error:
+                    problem = str(error)
+                    state = None
+                failed = self.processes.largest(int(state is None))
+            if not failed:
+                self._resumed_from = path
+                return path
+            problems.append(problem)
+            self.progress.print(f"{problem}; trying the one before")
         if problems:
             raise CheckpointError(problems[0])
         return None
@@ -235,14 +243,6 @@ class Trainer:
         """A state, or None and why it cannot be read."""
         try:
             return load_state(path), f"{path}: cannot be read by another process"
-        except CheckpointError as error:
-            return None, str(error)
-
-    def _read_shards(self, path: Path, state: TrainState) -> tuple[TrainState | None, str]:
-        """The same with the shares of this process."""
-        try:
-            ema = None if self.ema is None else self.ema.module
-            return load_shards(path, state, self.model, ema, self.optimizer), ""
         except CheckpointError as error:
             return None, str(error)
 
@@ -364,10 +364,15 @@ class Trainer:
         """Write the state of the training and the logs.
 
         Raises:
+            NonFiniteLossError: if a weight is NaN or infinite; nothing is written then.
+            ValueError: if the optimiser cannot be shared out.
             OSError: if it cannot be written; earlier states are then intact.
         """
         total_steps = self.epoch * self.steps_per_epoch + self.step
         path = state_path(self.out / CHECKPOINT_FOLDER, total_steps, self.config.fsdp)
+        self._check_weights()
+        for network in self._networks():
+            self.processes.same_buffers(network)
         self._note_unreadable()
         self._saved_at = time.monotonic()
         if not self.processes.first and not self.config.fsdp:
@@ -397,6 +402,17 @@ class Trainer:
         if self.config.tensorboard and self.step == 0 and self.history:
             write_tensorboard(self.out, self.history[-1])
         return path
+
+    def _check_weights(self) -> None:
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        broken = not bool(torch.stack([torch.isfinite(p).all() for p in local]).all())
+        if self.processes.largest(int(broken)):
+            raise NonFiniteLossError(
+                f"a weight is not finite after epoch {self.epoch + 1}, step {self.step}; try a lower lr, more warm-up "
+                "or a smaller clip_grad; the last checkpoint is intact"
+            )
+        if self.config.fsdp:
+            check_optimizer(self.config.optimizer, self.optimizer)
 
     def _keep_if_best(self, path: Path) -> None:
         if not self.processes.first or self.step or not self.history:
@@ -429,7 +445,7 @@ class Trainer:
     def write_weights(self) -> Path:
         """Write the final weights as ``model.safetensors``, those averaged where there are any."""
         path = self.out / WEIGHTS_FILE
-        weights = gathered((self.model if self.ema is None else self.ema.module).state_dict())
+        weights = gathered(self._networks()[-1].state_dict(), self.processes)
         if self.processes.first:
             save_weights(path, weights, self.spec, self.config)
         return path
@@ -497,6 +513,8 @@ class Trainer:
     def _finish_epoch(self) -> EpochRecord:
         running = self._running
         try:
+            for network in self._networks():
+                self.processes.same_buffers(network)
             measured = self._measure(self.model)
             averaged = self._measure(self.ema.module) if self.ema is not None else None
         except ValueError:  # what was trained is not lost with a test image that cannot be read
@@ -558,6 +576,8 @@ class Trainer:
             )
 
     def _take(self, state: TrainState, path: Path) -> None:
+        if self.config.fsdp:
+            state = load_shards(path, state, self.model, None if self.ema is None else self.ema.module, self.optimizer)
         load_weights(self.model, state.model, path)
         try:
             if self.ema is not None:
@@ -576,7 +596,7 @@ class Trainer:
         problem = compile_problem(self.device)
         if problem is None:
             self.progress.note("compiling, which takes up to a minute")
-            for part in units(self.model) if self.config.fsdp else [self.model]:
+            for part in (units(self.model) if self.config.fsdp else []) or [self.model]:
                 part.compile(dynamic=False)
         else:
             self.progress.print(f"torch.compile does not work here ({problem}); going on without it")
