@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from equiflop.files import sole_user
+from equiflop.files import remove, sole_user
 from equiflop.training import load_model
 from equiflop.training.state import load_state, saved_states
 
@@ -45,9 +45,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"), 160, 47)
 
 
-def command(count: int, *arguments: str) -> list[str]:
+def command(count: int, *arguments: str, model: list[str] = MODEL) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(free_port())]
-    return [sys.executable, *(launcher if count > 1 else []), "-m", "equiflop", "train", *MODEL, *arguments]
+    return [sys.executable, *(launcher if count > 1 else []), "-m", "equiflop", "train", *model, *arguments]
 
 
 def free_port() -> int:
@@ -56,13 +56,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def train(count: int, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+def train(count: int, *arguments: str, model: list[str] = MODEL) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(count, *arguments), capture_output=True, text=True, timeout=240, env=environment(**changes)
+        command(count, *arguments, model=model), capture_output=True, text=True, timeout=240, env=environment()
     )
 
 
@@ -195,24 +195,61 @@ def test_a_damaged_share_is_named_and_any_number_of_processes_goes_on(images: Pa
     whole = train(2, *options, "--batch-size", "24", "--out", str(out))
     assert whole.returncode == 0, whole.stderr
     final = load_file(out / "model.safetensors")
-    for count, size in ((2, 24), (3, 16)):
+    for count, size, damage in ((2, 24, "short"), (3, 16, "garbled")):
         again = tmp_path / str(count)
         shutil.copytree(out, again)
         (again / "model.safetensors").unlink()
         newest, *_ = saved_states(again / "checkpoints")
         share = sorted(newest.glob("*.safetensors"))[1]
-        os.truncate(share, share.stat().st_size // 2)
+        content = share.read_bytes()
+        share.write_bytes(content[: len(content) // 2] if damage == "short" else bytes(100) + content[100:])
         result = train(count, *options, "--batch-size", str(size), "--out", str(again))
         assert result.returncode == 0, result.stderr
-        assert f"{share}: missing or incomplete" in result.stderr + result.stdout
+        expected = f"{share}: missing or incomplete" if damage == "short" else f"{newest}: damaged or incomplete"
+        assert expected in result.stderr + result.stdout
         found = load_file(again / "model.safetensors")
         for key, value in final.items():
             assert torch.equal(found[key], value) if count == 2 else (found[key] - value).abs().max() < 1e-4
 
 
-def test_sharded_parameters_with_everything_else(images: Path, tmp_path: Path) -> None:
-    """LAMB, Mixup, accumulation, recomputed blocks, float16, compiled blocks; no NaN, and a state that loads."""
-    options = ["--data", str(images), "--epochs", "2", "--fsdp", "--batch-size", "8", "--accumulate", "2"]
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_running_statistics_are_the_same_everywhere(images: Path, tmp_path: Path, fsdp: bool) -> None:
+    """A ResNet's batch norms see other images in every process; measurements after a resume are those without."""
+    out = tmp_path / "whole"
+    options = ["--data", str(images), "--epochs", "2", "--batch-size", "8", "--ema-decay", "0.9"]
+    options += ["--img-size", "32", "--device", "cpu", *(["--fsdp"] if fsdp else [])]
+    whole = train(2, *options, "--out", str(out), model=["test_resnet"])
+    assert whole.returncode == 0, whole.stderr
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    (again / "model.safetensors").unlink()
+    remove(saved_states(again / "checkpoints")[0])
+    resumed = train(2, *options, "--out", str(again), model=["test_resnet"])
+    assert resumed.returncode == 0, resumed.stderr
+    for mine, theirs in zip(rows(out), rows(again), strict=True):
+        assert all(mine[name] == theirs[name] for name in mine if name not in ("seconds", "images_per_second"))
+    a, b = (load_file(folder / "model.safetensors") for folder in (out, again))
+    assert a["bn1.running_mean"].abs().max() > 0
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_sharded_state_is_where_another_run_starts_from(images: Path, tmp_path: Path) -> None:
+    options = ["--data", str(images), "--epochs", "1", "--batch-size", "16", "--fsdp"]
+    first = train(2, *options, "--out", str(tmp_path / "first"))
+    assert first.returncode == 0, first.stderr
+    state, *_ = saved_states(tmp_path / "first" / "checkpoints")
+    probe = train(2, *options, "--start-from", str(state), "--freeze-backbone", "--out", str(tmp_path / "probe"))
+    assert probe.returncode == 0, probe.stderr
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "probe"))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_everything_at_once(images: Path, tmp_path: Path, fsdp: bool) -> None:
+    """LAMB, Mixup, accumulation, recomputed blocks, float16, compiled; no NaN, and a state that loads."""
+    options = ["--data", str(images), "--epochs", "2", "--batch-size", "8", "--accumulate", "2"]
+    options += ["--fsdp"] if fsdp else []
     options += ["--optimizer", "lamb", "--mixup", "0.8", "--precision", "float16", "--grad-checkpointing"]
     first = train(2, *options, "--compile", "--out", str(tmp_path))
     assert first.returncode == 0, first.stderr

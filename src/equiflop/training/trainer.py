@@ -122,7 +122,9 @@ class Trainer:
         self.model: nn.Module = self._build()
         if not config.fsdp:
             self.model.to(self.device)
-        self.ema = ModelEmaV3(self.model, decay=config.ema_decay) if config.ema_decay else None
+        self.ema: ModelEmaV3 | None = None
+        if config.ema_decay:  # one by one if sharded, as running statistics are not
+            self.ema = ModelEmaV3(self.model, decay=config.ema_decay, foreach=not config.fsdp)
         self.objective = Objective(config, self.data.classes, self.data.preprocessing).to(self.device)
         if config.fsdp:
             self._shard()
