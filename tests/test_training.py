@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from equiflop.data import Batch, ImageData, MemorySplit, Preprocessing
-from equiflop.files import remove_leftovers, replace_folder, sole_user
+from equiflop.files import remove, remove_leftovers, replace_folder, sole_user
 from equiflop.training import (
     CheckpointError,
     MirrorAveraged,
@@ -277,6 +277,24 @@ class TestFiles:
         trainer.run()
         best = max(trainer.history, key=lambda record: record.test_accuracy)
         assert load_state(tmp_path / "checkpoints" / "best.pt").epoch == best.epoch
+
+    def test_tensorboard_shows_what_the_log_says_after_a_resume_as_well(self, tmp_path: Path) -> None:
+        accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        config = config_for(tmp_path, tensorboard=True, ema_decay=0.9)
+        first = Trainer(config, toy_data())
+        first.run_epoch()
+        first.save()
+        first.run_epoch()
+        first.save()
+        remove(saved_states(tmp_path / "checkpoints")[0])  # epoch 2 is done again
+        trainer = Trainer(config, toy_data())
+        trainer.resume()
+        history = trainer.run()
+        events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        for name in ("train_loss", "test_accuracy", "ema_accuracy", "lr"):
+            shown = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
+            assert shown == [(record.epoch, pytest.approx(getattr(record, name), rel=1e-6)) for record in history]
 
     def test_others_may_read_what_the_umask_lets_them(self, uninterrupted: Trainer) -> None:
         reference = Path(uninterrupted.config.out) / "reference"
