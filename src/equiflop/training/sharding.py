@@ -129,12 +129,15 @@ def load_shards(path: Path, state: TrainState, model: nn.Module, ema: nn.Module 
         CheckpointError: if a file is missing or damaged.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    slots = {
-        number: {
-            name: torch.zeros_like(parameters[number]) if value is None else value for name, value in values.items()
+    try:
+        slots = {
+            number: {
+                name: torch.zeros_like(parameters[number]) if value is None else value for name, value in values.items()
+            }
+            for number, values in state.optimizer["state"].items()
         }
-        for number, values in state.optimizer["state"].items()
-    }
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: the state of the optimiser does not fit ({error})") from error
     filled = replace(
         state,
         model=_fill(path, state.model, model.state_dict()),
