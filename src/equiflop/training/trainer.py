@@ -111,6 +111,8 @@ class Trainer:
         if config.tensorboard:
             check_tensorboard()
         self.processes = processes if processes is not None else Processes.join(config.device)
+        if config.fsdp and self.processes.count == 1:
+            raise ValueError("fsdp: there is only one process to share out to; start several with torchrun")
         self.device = self.processes.device
         talks = self.processes.first
         self.progress = (progress if progress is not None else Progress(config.model)) if talks else Silence()
@@ -127,7 +129,8 @@ class Trainer:
             self.ema = ModelEmaV3(self.model, decay=config.ema_decay, foreach=not config.fsdp)
         self.objective = Objective(config, self.data.classes, self.data.preprocessing).to(self.device)
         if config.fsdp:
-            self._shard()
+            for network in self._networks():
+                shard(network, self.processes)
         self.network = self.processes.wrap(self.model)
         self.optimizer = create_optimizer_v2(
             self.model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay
@@ -162,12 +165,6 @@ class Trainer:
         if self.processes.first:
             self.processes.from_first(None)
         return data
-
-    def _shard(self) -> None:
-        if self.processes.count == 1:
-            raise ValueError("fsdp: there is only one process to share out to; start several with torchrun")
-        for network in self._networks():
-            shard(network, self.processes)
 
     def _networks(self) -> list[nn.Module]:
         """The network and, if there is one, that of the averaged weights."""
