@@ -77,7 +77,7 @@ def test_entries_say_what_was_measured() -> None:
         steps=("forward", "train"),
         batch_sizes=(1, 2),
         image_size=(32, 32),
-        rounds=2,
+        rounds=3,  # of an odd number, the median of rates is the rate of the median
         seconds=0.0,
         mirrored=True,
         memory=True,
@@ -95,7 +95,7 @@ def test_entries_say_what_was_measured() -> None:
     assert entries[0].parameters == sum(p.numel() for p in model.parameters())
     for entry in entries:
         assert 0 < entry.latency.lowest <= entry.latency.median <= entry.latency.highest
-        assert entry.throughput.median == pytest.approx(entry.batch_size / entry.latency.median, rel=0.5)
+        assert entry.throughput.median == pytest.approx(entry.batch_size / entry.latency.median)
         assert entry.peak_bytes is not None and entry.peak_bytes > 0
         if entry.name == names[1]:
             assert entry.speedup == Spread(1.0, 1.0, 1.0)
