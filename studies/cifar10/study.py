@@ -55,6 +55,9 @@ RECIPE = {
     "compile": True,
     "device": "cpu",
 }
+MARKERS = {"plain": "s", "E": "o", "E-wide": "^"}
+COLOURS = {"vit": "tab:blue", "resmlp": "tab:orange", "convnext": "tab:green"}
+NAMES = {"vit": "ViT", "resmlp": "ResMLP", "convnext": "ConvNeXt"}
 TEST_BATCH = 250  # that of the trainer, so that nothing is compiled again
 
 
@@ -230,7 +233,7 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         "test_seconds_both_views": seconds,
         "epochs": [asdict(record) for record in trainer.history],
         "config": config.to_dict() | {"out": run.name},
-        "machine": describe_machine(torch.device("cpu")),
+        "machine": describe_machine(torch.device("cpu")) | {"command": "python studies/cifar10/study.py run"},
     }
 
 
@@ -309,31 +312,41 @@ def run_one(name: str, source: str | None, folder: Path, seeds: int) -> None:
 def report() -> None:
     """Tables and figure from the results."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for record in finished():
-        groups[record["family"], record["variant"]].append(record)
+    for run in sorted(all_runs(100), key=lambda run: list(COLOURS).index(run.family)):
+        for record in finished():
+            if is_of(record, run):
+                groups[run.family, run.variant].append(record)
+    main = {key: records for key, records in groups.items() if key[1] in MARKERS}
+    others = {key: records for key, records in groups.items() if key[1] not in MARKERS}
+    page = HERE / "README.md"
+    text = page.read_text()
+    for name, part in (("main", main), ("ablations", others)):
+        head, _, rest = text.partition(f"<!-- {name} -->")
+        _, _, tail = rest.partition(f"<!-- end of {name} -->")
+        text = f"{head}<!-- {name} -->\n{_table(part)}\n<!-- end of {name} -->{tail}"
+    page.write_text(text)
+    _draw(main)
+    print(_table(groups))
+
+
+def _table(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     lines = [
-        "| network | MACs M | parameters M | seeds | accuracy % | both views % | changes if mirrored % | training s |",
+        "| network | MACs M | parameters M | seeds | accuracy % | both views % | changes % | training s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (family, variant), records in groups.items():
         cells = [
-            f"{family} {variant}",
+            f"{NAMES[family]} {variant}",
             f"{records[0]['macs'] / 1e6:.1f}",
             f"{records[0]['parameters'] / 1e6:.3f}",
             str(len(records)),
             _spread([100 * record["accuracy"] for record in records]),
             _spread([100 * record["accuracy_both_views"] for record in records]),
-            _spread([100 * (record["changed_when_mirrored"] or 0) for record in records]),
+            _spread([100 * record["changed_when_mirrored"] for record in records]),
             f"{statistics.mean(record['train_seconds'] for record in records):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    page = HERE / "README.md"
-    head, _, rest = page.read_text().partition("<!-- table -->")
-    _, _, tail = rest.partition("<!-- end of table -->")
-    table = "\n".join(lines)
-    page.write_text(f"{head}<!-- table -->\n{table}\n<!-- end of table -->{tail}")
-    _draw(groups)
-    print(table)
+    return "\n".join(lines)
 
 
 def _spread(values: list[float]) -> str:
@@ -344,28 +357,27 @@ def _spread(values: list[float]) -> str:
 def _draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    markers = {"plain": "s", "E": "o", "E-wide": "^"}
-    colours = {"vit": "tab:blue", "resmlp": "tab:orange", "convnext": "tab:green"}
     for (family, variant), records in groups.items():
-        if variant not in markers:
-            continue
-        values = [100 * record["accuracy"] for record in records]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        axes.errorbar(
-            records[0]["macs"] / 1e6,
-            statistics.mean(values),
-            yerr=spread,
-            marker=markers[variant],
-            color=colours[family],
-            label=f"{family} {variant}",
-            linestyle="none",
-            capsize=3,
-        )
-    axes.set(xlabel="MACs of an image in millions", ylabel="test accuracy in %")
+        points = [(1, variant, [100 * record["accuracy"] for record in records])]
+        if variant == "plain":
+            points.append((2, "plain, both views", [100 * record["accuracy_both_views"] for record in records]))
+        for views, label, values in points:
+            axes.errorbar(
+                views * records[0]["macs"] / 1e6,
+                statistics.mean(values),
+                yerr=statistics.stdev(values) if len(values) > 1 else None,
+                marker=MARKERS[variant],
+                markerfacecolor=COLOURS[family] if views == 1 else "white",
+                color=COLOURS[family],
+                label=f"{NAMES[family]} {label}",
+                linestyle="none",
+                capsize=3,
+            )
+    axes.set(xlabel="multiply-adds of an image in millions", ylabel="test accuracy in %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(HERE / "accuracy.png", dpi=120)
 
 
