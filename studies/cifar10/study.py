@@ -117,6 +117,7 @@ def ablations() -> Iterator[Run]:
     """Variations of the E networks, one seed each."""
     yield Run("resmlp", "E-init-published", "flop_resmlp_12_224", {**MLP, "embed_dim": 64}, 0)
     yield Run("vit", "E-init-by-fan-in", E_VIT, {**VIT, "weight_init": "reset"}, 0)
+    yield Run("vit", "plain-init-by-fan-in", "deit3_small_patch16_224", VIT, 0, initialisation="fan-in")
     for activation in ("odd", "gated"):
         yield Run("vit", f"E-act-{activation}", E_VIT, VIT, 0, activation)
     for share, multiplicities in (("1/4", [16, 48]), ("3/4", [48, 16])):
@@ -152,13 +153,19 @@ def replace_activation(model: nn.Module, kind: str) -> None:
             module.act.kind = kind  # type: ignore[assignment]
 
 
-def initialise(model: nn.Module, seed: int) -> None:
-    """Xavier's rule for the blocks of every equivariant linear map behind the patch embedding."""
+def initialise(model: nn.Module, rule: str, seed: int) -> None:
+    """Initialise linear maps anew, behind the patch embedding and before the classifier.
+
+    "xavier": Xavier's uniform rule, for the blocks of equivariant maps; "fan-in": normal of variance 1 / inputs, for
+    plain maps, as the equivariant ones have it with ``weight_init="reset"``; "default": they stay as they are.
+    """
     torch.manual_seed(seed)
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and not name.startswith("stem"):
+        if rule == "xavier" and isinstance(module, Linear) and not name.startswith("stem"):
             for _, weight in module.weights():
                 nn.init.xavier_uniform_(weight)
+        elif rule == "fan-in" and isinstance(module, nn.Linear) and name.startswith("blocks"):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
 
 def load_images(source: str | None, folder: Path) -> ImageData:
@@ -209,8 +216,7 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
     trainer = Trainer(config, data)
     if run.activation != "spatial":
         replace_activation(trainer.model, run.activation)
-    if run.initialisation == "xavier":
-        initialise(trainer.model, run.seed)
+    initialise(trainer.model, run.initialisation, run.seed)
     trainer.resume()
     trainer.run()
     start = time.perf_counter()
