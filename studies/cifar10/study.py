@@ -268,7 +268,8 @@ def run_all(source: str | None, folder: Path, seeds: int, jobs: int) -> None:
         SystemExit: if a run failed; the others were finished.
     """
     load_images(source, folder)
-    waiting = [run for run in all_runs(seeds) if not any(is_of(record, run) for record in finished())]
+    done = finished()
+    waiting = [run for run in all_runs(seeds) if not any(is_of(record, run) for record in done)]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     children: list[subprocess.Popen[bytes]] = []
     failed = []
@@ -318,8 +319,10 @@ def run_one(name: str, source: str | None, folder: Path, seeds: int) -> None:
 def report() -> None:
     """Tables and figure from the results."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for run in sorted(all_runs(100), key=lambda run: list(COLOURS).index(run.family)):
-        for record in finished():
+    records = finished()
+    seeds = 1 + max((record["seed"] for record in records), default=0)
+    for run in sorted(all_runs(seeds), key=lambda run: list(COLOURS).index(run.family)):
+        for record in records:
             if is_of(record, run):
                 groups[run.family, run.variant].append(record)
     main = {key: records for key, records in groups.items() if key[1] in MARKERS}
