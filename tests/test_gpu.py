@@ -43,8 +43,13 @@ def test_equivariance(dtype: torch.dtype) -> None:
 def test_inference_form_and_benchmark() -> None:
     model = scrambled(small_vit()).cuda()
     images = images_for(model).cuda()
+    fast = equiflop.optimize_for_inference(model)
     with torch.no_grad():
-        assert relative_error(equiflop.optimize_for_inference(model)(images), model(images)) < 1e-4
+        first, second, one = fast(images), fast(images.flip(0)), fast(images[:1])
+        expected = model(images)
+    assert relative_error(first, expected) < 1e-4  # not overwritten by the later ones
+    assert relative_error(second, expected.flip(0)) < 1e-4
+    assert relative_error(one, expected[:1]) < 1e-4
     config = BenchConfig(modes=("eager",), batch_sizes=(2,), rounds=1, seconds=0.01, memory=True, settings={"depth": 1})
     entries = compare("flop_deit3_small_patch16_224", config, torch.device("cuda"))
     assert len(entries) == 2

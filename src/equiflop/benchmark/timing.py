@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -85,16 +86,21 @@ def throughput_in_turns(
 
 
 def _one_turn(call: Callable[[], object], seconds: float, device: torch.device) -> float:
-    count = 0
+    """Seconds per computation. On a CUDA device computations queue up, as in any loop over batches, and the last one
+    is waited for; the first one tells how many fill the turn."""
     _wait(device)
     start = time.perf_counter()
+    count, queued = 0, 1
     while True:
-        call()
+        for _ in range(queued):
+            call()
         _wait(device)
-        count += 1
+        count += queued
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
             return elapsed / count
+        if device.type == "cuda":
+            queued = math.ceil((seconds - elapsed) * count / elapsed)
 
 
 def _wait(device: torch.device) -> None:

@@ -100,7 +100,6 @@ def command(
     from equiflop.benchmark.compare import BenchConfig, check_config, compare
     from equiflop.benchmark.figures import read_accuracies, write_figures
     from equiflop.benchmark.machine import describe_machine
-    from equiflop.files import write_atomically
     from equiflop.training.device import pick_device
     from equiflop.training.model_spec import check_model_name
     from equiflop.training.progress import Progress
@@ -126,6 +125,7 @@ def command(
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output={output}: there is no folder {output.parent}")
     where = pick_device(device)
+    machine = describe_machine(where)
     progress = Progress("bench")
     entries: list[Entry] = []
     last: list[tuple[Any, ...]] = []
@@ -142,16 +142,24 @@ def command(
     for name in names:
         last.clear()
         entries += compare(name, config, where, progress, show)
+        result = {**machine, "dtype": dtype, "entries": [entry.as_dict() for entry in entries]}
+        text = json.dumps(result, indent=2) + "\n"
+        if output is not None:  # after every model, so that a long run that is stopped leaves something
+            _write(output, text)
     progress.clear()
-    result = {**describe_machine(where), "dtype": dtype, "entries": [entry.as_dict() for entry in entries]}
     if output is not None:
-        write_atomically(output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
         click.echo(f"\nwrote {output}", err=as_json)
     if plot is not None:
         for path in write_figures(plot, entries, accuracies):
             click.echo(f"wrote {path}", err=as_json)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(text, nl=False)
+
+
+def _write(path: Path, text: str) -> None:
+    from equiflop.files import write_atomically
+
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _line(entry: Entry) -> str:

@@ -95,6 +95,10 @@ class FourierActivation(FixedTensors):
                 outputs.append(stacked.unflatten(-2, (irrep.dim, -1)).flatten(-2))
         return outputs
 
+    def scaled(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """The blocks times the factors ``irrep_scales``."""
+        return [block * scale for block, scale in zip(blocks, self.irrep_scales, strict=True)]
+
     def _activate(self, blocks: Sequence[Tensor], plan: FourierPlan, overwrite: bool) -> list[Tensor]:
         """Rows of the transform, each ``(..., copies)``, of the activated feature; no scales."""
         rows = [

@@ -79,8 +79,8 @@ class Attention(nn.Module):
 
     def _to_heads(self, blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Per irrep ``(B, N, d, 3 m)`` to queries, keys and values, each ``(B, heads, N, rep.dim / heads)``."""
-        parts = [block.unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).flatten(-2) for block in blocks]
-        return torch.cat(parts, dim=-1).unbind(0)
+        parts = [block.unflatten(-1, (3, self.num_heads, -1)).permute(0, 1, 3, 4, 2, 5).flatten(-2) for block in blocks]
+        return torch.cat(parts, dim=-1).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _from_heads(self, x: Tensor) -> list[Tensor]:
         """``(B, heads, N, rep.dim / heads)`` to one ``(B, N, d, m)`` per irrep."""

@@ -137,6 +137,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, beta:
     """``alpha * x W^T + beta * bias`` for a matrix ``x``."""
     if alpha == 1.0 and beta == 1.0:
         return F.linear(x, weight, bias)
+    if x.is_cuda:  # cuBLAS adds a bias for free only without factors
+        return F.linear(x, weight * alpha, None if bias is None else bias * beta)
     if bias is None:  # with beta = 0 the first argument is not read
         return torch.addmm(x.new_zeros(1), x, weight.t(), beta=0.0, alpha=alpha)
     return torch.addmm(bias, x, weight.t(), beta=beta, alpha=alpha)

@@ -74,10 +74,14 @@ class Mlp(nn.Module):
         return min(x.shape[0], -(-hidden_bytes // _PART_BYTES)) if hidden_bytes > _LARGE_BYTES else 1
 
     def _forward(self, x: Tensor) -> Tensor:
-        scales = self.act.irrep_scales
-        blocks = self.act.forward_blocks(
-            self.fc1.forward_blocks(split(x, self.rep), output_scales=scales), overwrite=True
-        )
+        # A compiler for GPUs fuses the factors with the activation; elsewhere the matrix products take them for free.
+        inside = x.is_cuda and torch.compiler.is_compiling()
+        scales = None if inside else self.act.irrep_scales
+        blocks = self.fc1.forward_blocks(split(x, self.rep), output_scales=scales)
+        if inside:
+            blocks = self.act.scaled(self.act.forward_blocks(self.act.scaled(blocks)))
+        else:
+            blocks = self.act.forward_blocks(blocks, overwrite=True)
         if self.training and self.drop1.p:
             blocks = split(self.drop1(join(blocks)), self.fc1.out_rep)
         return self.drop2(join(self.fc2.forward_blocks(blocks, input_scales=scales)))

@@ -17,6 +17,9 @@ from equiflop.nn.fixed import FixedTensors
 #: How the variances of the rows add up: every entry weighs the same, or as in the published octic code.
 Weighting = Literal["entries", "octic"]
 
+#: With more rows than these, a sum over the whole axis for every row costs more than it saves.
+_MOST_ROWS = 16
+
 
 class LayerNorm(FixedTensors):
     """Layer norm of a feature with a Rep: one standard deviation per vector, so that it commutes with the group.
@@ -67,6 +70,12 @@ class LayerNorm(FixedTensors):
         self.weighting = weighting
         # The axis is cut into chunks of one length, so that one reduction serves all rows: a row is one or more chunks.
         self.chunk = math.gcd(*rep.multiplicities)
+        self._centred_rows = [
+            (start, start + block.multiplicity)
+            for block in rep.blocks()
+            if block.multiplicity > 1
+            for start in range(block.start, block.stop, block.multiplicity)
+        ]
         self._rows_are_chunks = all(m in (0, self.chunk) for m in rep.multiplicities)
         centred = self._centred_chunks()
         self._centres_all = bool(centred.all())
@@ -93,11 +102,7 @@ class LayerNorm(FixedTensors):
         if x.shape[-1] != self.rep.dim:
             raise ValueError(f"last axis of the input has length {x.shape[-1]}; {self.rep!r} needs {self.rep.dim}")
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        chunks = wide.unflatten(-1, (-1, self.chunk))
-        centre = self._row_means(chunks.mean(dim=-1, keepdim=True))
-        if not self._centres_all:
-            centre = centre * self.centred.to(wide.dtype)[:, None]
-        centred = (chunks - centre).flatten(-2)
+        centred = self._centred_in_one_pass(wide) if self._one_pass(wide) else self._centred(wide)
         weight = None if self.weight is None else per_multiplicity(self.weight, self.rep).to(wide.dtype)
         bias = None if self.bias is None else F.pad(self.bias, (0, self.rep.dim - len(self.bias))).to(wide.dtype)
         if self._fused:
@@ -107,6 +112,27 @@ class LayerNorm(FixedTensors):
         if weight is not None:
             normal = normal * weight if bias is None else torch.addcmul(bias, normal, weight)
         return normal.to(x.dtype)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        chunks = x.unflatten(-1, (-1, self.chunk))
+        centre = self._row_means(chunks.mean(dim=-1, keepdim=True))
+        if not self._centres_all:
+            centre = centre * self.centred.to(x.dtype)[:, None]
+        return (chunks - centre).flatten(-2)
+
+    def _one_pass(self, x: Tensor) -> bool:
+        """Whether a compiler for GPUs is at work: it makes one kernel of reductions over the same axis alone."""
+        return x.is_cuda and torch.compiler.is_compiling() and len(self._centred_rows) <= _MOST_ROWS
+
+    def _centred_in_one_pass(self, x: Tensor) -> Tensor:
+        """The same as :meth:`_centred` by one sum over the whole axis for every row."""
+        place = torch.arange(self.rep.dim, device=x.device)
+        centre = torch.zeros_like(x)
+        for start, stop in self._centred_rows:
+            inside = (place >= start) & (place < stop)
+            mean = torch.where(inside, x, 0.0).sum(dim=-1, keepdim=True) / (stop - start)
+            centre = torch.where(inside, mean, centre)
+        return x - centre
 
     def _row_means(self, mean: Tensor) -> Tensor:
         """Means of the chunks, ``(..., chunks, 1)``, replaced by the mean of the row that each belongs to."""
