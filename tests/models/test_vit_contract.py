@@ -406,19 +406,20 @@ def test_octic_tokens_are_initialised_as_published() -> None:
     for name in ("octic_deit3_small_patch16_224", "octic_inv_deit3_large_patch16_224"):
         model = timm.create_model(name, depth=2)
         s = 0.5**0.5 * 8 * 0.02
-        assert model.cls_token.std().item() == pytest.approx(0.16, rel=0.2)
+        assert model.cls_token.std().item() == pytest.approx(0.16, rel=0.4)  # 48 values
         field = model.pos_embed()[0].unflatten(0, (14, 14)).detach()
         width = model.rep.multiplicities[0]
-        off, on = field[0, 3], field[2, 2]
-        off_means = [off[i * width : (i + 1) * width].std().item() for i in range(4)]
-        assert off_means == pytest.approx([2**0.5 * s] * 4, rel=0.3)
-        assert off[4 * width :].std().item() == pytest.approx(s, rel=0.2)
-        on_means = [on[i * width : (i + 1) * width].std().item() for i in range(4)]
-        assert on_means == pytest.approx([2 * s if m > 1e-6 else 0.0 for m in on_means], rel=0.3)
+        place = torch.arange(1, 6)
+        off, on = field[0, place], field[place, place]  # five orbits each: 240 values or more
+        off_means = [off[:, i * width : (i + 1) * width].std().item() for i in range(4)]
+        assert off_means == pytest.approx([2**0.5 * s] * 4, rel=0.2)
+        assert off[:, 4 * width :].std().item() == pytest.approx(s, rel=0.1)
+        on_means = [on[:, i * width : (i + 1) * width].std().item() for i in range(4)]
+        assert on_means == pytest.approx([2 * s if m > 1e-6 else 0.0 for m in on_means], rel=0.2)
         assert sum(m > 1e-6 for m in on_means) == 2
-        assert on[4 * width :].std().item() == pytest.approx(s, rel=0.2)
+        assert on[:, 4 * width :].std().item() == pytest.approx(s, rel=0.1)
         everything = model.pos_embed.weight_E.std().item(), model.pos_embed.weight_A1[1:6].std().item()
-        assert everything == pytest.approx((s, 2**0.5 * s), rel=0.1)
+        assert everything == pytest.approx((s, 2**0.5 * s), rel=0.2)
 
 
 @every_design
