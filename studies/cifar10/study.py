@@ -128,6 +128,15 @@ def ablations() -> Iterator[Run]:
         yield Run("vit", f"hybrid-{k}-of-4", "flop_hybrid_deit3_small_patch16_224", {**VIT, "equivariant_depth": k}, 0)
 
 
+def larger() -> Iterator[Run]:
+    """Twice the width, where E of the small width falls short; one seed each."""
+    vit, mlp = {**VIT, "embed_dim": 128}, {**MLP, "embed_dim": 128}
+    yield Run("vit", "plain-width-128", "deit3_small_patch16_224", vit, 0)
+    yield Run("vit", "E-width-128", E_VIT, vit, 0)
+    yield Run("resmlp", "plain-width-128", "study_resmlp", {**mlp, "img_size": 32}, 0)
+    yield Run("resmlp", "E-width-128", "flop_resmlp_12_224", mlp, 0, initialisation="xavier")
+
+
 class SignActivation(FourierActivation):
     """A nonlinearity on the irreps themselves, in place of one in the spatial domain.
 
@@ -244,9 +253,9 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
 
 
 def all_runs(seeds: int) -> list[Run]:
-    """Two seeds of the main runs, the ablations, the other seeds."""
+    """Two seeds of the main runs, the ablations, the other seeds, the second size."""
     main = list(main_runs(seeds))
-    return [*(run for run in main if run.seed < 2), *ablations(), *(run for run in main if run.seed >= 2)]
+    return [*(run for run in main if run.seed < 2), *ablations(), *(run for run in main if run.seed >= 2), *larger()]
 
 
 def finished() -> list[dict[str, Any]]:
