@@ -34,3 +34,8 @@ def per_multiplicity(vector: Tensor, rep: Rep) -> Tensor:
         return vector
     parts = vector.split(rep.multiplicities)
     return torch.cat([part.repeat(irrep.dim) for part, irrep in zip(parts, rep.group.irreps, strict=True)])
+
+
+def compiled_for_gpu(x: Tensor) -> bool:
+    """Whether a compiler for GPUs is at work: pointwise steps cost nothing inside a kernel, every kernel costs."""
+    return x.is_cuda and torch.compiler.is_compiling()

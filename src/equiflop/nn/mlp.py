@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from equiflop.groups import Rep
 from equiflop.nn.activation import FourierActivation
-from equiflop.nn.blocks import join, split
+from equiflop.nn.blocks import compiled_for_gpu, join, split
 from equiflop.nn.dropout import Dropout
 from equiflop.nn.linear import Linear
 
@@ -75,7 +75,7 @@ class Mlp(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         # A compiler for GPUs fuses the factors with the activation; elsewhere the matrix products take them for free.
-        inside = x.is_cuda and torch.compiler.is_compiling()
+        inside = compiled_for_gpu(x)
         scales = None if inside else self.act.irrep_scales
         blocks = self.fc1.forward_blocks(split(x, self.rep), output_scales=scales)
         if inside:

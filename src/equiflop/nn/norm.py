@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiflop.groups import Rep
-from equiflop.nn.blocks import per_multiplicity
+from equiflop.nn.blocks import compiled_for_gpu, per_multiplicity
 from equiflop.nn.fixed import FixedTensors
 
 #: How the variances of the rows add up: every entry weighs the same, or as in the published octic code.
@@ -47,6 +47,7 @@ class LayerNorm(FixedTensors):
     """
 
     centred: Tensor
+    centred_rows: Tensor
     entry_weight: Tensor
 
     def __init__(
@@ -70,12 +71,11 @@ class LayerNorm(FixedTensors):
         self.weighting = weighting
         # The axis is cut into chunks of one length, so that one reduction serves all rows: a row is one or more chunks.
         self.chunk = math.gcd(*rep.multiplicities)
-        self._centred_rows = [
-            (start, start + block.multiplicity)
-            for block in rep.blocks()
-            if block.multiplicity > 1
-            for start in range(block.start, block.stop, block.multiplicity)
-        ]
+        self._centres_in_one_pass = sum(b.irrep.dim for b in rep.blocks()) <= _MOST_ROWS
+        if self._centres_in_one_pass:
+            rows = _indicators(rep)
+            self._row_lengths = rows.sum(axis=1).tolist()
+            self.fix("centred_rows", rows, device, dtype)
         self._rows_are_chunks = all(m in (0, self.chunk) for m in rep.multiplicities)
         centred = self._centred_chunks()
         self._centres_all = bool(centred.all())
@@ -102,7 +102,8 @@ class LayerNorm(FixedTensors):
         if x.shape[-1] != self.rep.dim:
             raise ValueError(f"last axis of the input has length {x.shape[-1]}; {self.rep!r} needs {self.rep.dim}")
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        centred = self._centred_in_one_pass(wide) if self._one_pass(wide) else self._centred(wide)
+        one_pass = self._centres_in_one_pass and compiled_for_gpu(x)
+        centred = self._centred_in_one_pass(wide) if one_pass else self._centred(wide)
         weight = None if self.weight is None else per_multiplicity(self.weight, self.rep).to(wide.dtype)
         bias = None if self.bias is None else F.pad(self.bias, (0, self.rep.dim - len(self.bias))).to(wide.dtype)
         if self._fused:
@@ -120,19 +121,14 @@ class LayerNorm(FixedTensors):
             centre = centre * self.centred.to(x.dtype)[:, None]
         return (chunks - centre).flatten(-2)
 
-    def _one_pass(self, x: Tensor) -> bool:
-        """Whether a compiler for GPUs is at work: it makes one kernel of reductions over the same axis alone."""
-        return x.is_cuda and torch.compiler.is_compiling() and len(self._centred_rows) <= _MOST_ROWS
-
     def _centred_in_one_pass(self, x: Tensor) -> Tensor:
-        """The same as :meth:`_centred` by one sum over the whole axis for every row."""
-        place = torch.arange(self.rep.dim, device=x.device)
-        centre = torch.zeros_like(x)
-        for start, stop in self._centred_rows:
-            inside = (place >= start) & (place < stop)
-            mean = torch.where(inside, x, 0.0).sum(dim=-1, keepdim=True) / (stop - start)
-            centre = torch.where(inside, mean, centre)
-        return x - centre
+        """The same as :meth:`_centred` by one sum over the whole axis for every row.
+
+        A compiler makes one kernel of it and of the variance, which is over the whole axis too.
+        """
+        for row, length in zip(self.centred_rows.to(x.dtype), self._row_lengths, strict=True):
+            x = x - (x * row).sum(dim=-1, keepdim=True) / length * row
+        return x
 
     def _row_means(self, mean: Tensor) -> Tensor:
         """Means of the chunks, ``(..., chunks, 1)``, replaced by the mean of the row that each belongs to."""
@@ -167,6 +163,18 @@ class LayerNorm(FixedTensors):
     def extra_repr(self) -> str:
         option = "" if self.weighting == "entries" else f", weighting={self.weighting!r}"
         return f"{self.rep}, eps={self.eps}{option}"
+
+
+def _indicators(rep: Rep) -> np.ndarray:
+    """For every row of more than one entry 1 at its entries and 0 elsewhere, shape ``(rows, rep.dim)``."""
+    place = np.arange(rep.dim)
+    rows = [
+        (place >= start) & (place < start + block.multiplicity)
+        for block in rep.blocks()
+        if block.multiplicity > 1
+        for start in range(block.start, block.stop, block.multiplicity)
+    ]
+    return np.array(rows, dtype=float).reshape(len(rows), rep.dim)
 
 
 class Affine(nn.Module):
