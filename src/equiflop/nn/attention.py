@@ -69,7 +69,7 @@ class Attention(nn.Module):
         dropout = self.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
         if torch.is_grad_enabled() and x.requires_grad and not _traced_otherwise():
-            x = self._project_keeping_heads(x)
+            x = self._project_recomputing_heads(x)
         else:
             x = self._project(x)
         return self.proj_drop(x)
@@ -77,7 +77,7 @@ class Attention(nn.Module):
     def _project(self, x: Tensor) -> Tensor:
         return join(self.proj.forward_blocks(self._from_heads(x)))
 
-    def _project_keeping_heads(self, x: Tensor) -> Tensor:
+    def _project_recomputing_heads(self, x: Tensor) -> Tensor:
         """The same; backward, heads are taken apart once more instead of being kept in both forms.
 
         Without a compiler that takes the product along.
