@@ -188,7 +188,7 @@ BROKEN_RECIPES: dict[str, tuple[bytes, str]] = {
     "unknown": (b"learning_rate: 1", "unknown training option 'learning_rate'"),
     "misspelt": (b"lable_smoothing: 0.1", "did you mean 'label_smoothing'"),
     "text for a number": (b"lr: fast", "lr='fast' is not a number"),
-    "a number that YAML takes for text": (b"lr: 1e-3", "lr='1e-3' is not a number"),
+    "a number with a comma": (b"lr: 0,001", "lr='0,001' is not a number"),
     "half an epoch": (b"epochs: 1.5", "epochs=1.5 is not a whole number"),
     "negative": (b"lr: -1.0", "lr=-1.0 must be at least 0"),
     "not a number": (b"lr: .nan", "lr=nan must be"),
@@ -199,7 +199,7 @@ BROKEN_RECIPES: dict[str, tuple[bytes, str]] = {
     "a number for a truth": (b"compile: 3", "compile=3 is not true or false"),
     "a size of one number": (b"image_size: 224", "image_size=224 is not (height, width)"),
     "an empty size": (b"image_size: [0, 0]", "is not (height, width)"),
-    "keywords as a list": (b"model_kwargs: [depth]", "model_kwargs=['depth'] is not a dictionary"),
+    "keywords as a list": (b"model_kwargs: [depth]", "model_kwargs=['depth'] is not a mapping"),
     "an odd batch to mix": (b"batch_size: 7\nmixup: 0.8", "batch_size=7 must be even"),
     "an average that never moves": (b"ema_decay: 1.0", "ema_decay=1"),
 }

@@ -25,12 +25,12 @@ from equiflop.cli.main import main
 from equiflop.data import Augmentation, ImageData, ImageSplit, MemorySplit, Preprocessing, open_data
 from equiflop.data.sources import DatasetImages
 from equiflop.files import sole_user
-from equiflop.training import CheckpointError, TrainConfig, Trainer, evaluate, load_model
+from equiflop.training import CheckpointError, TrainConfig, Trainer, TrainingInterrupted, evaluate, load_model
 from equiflop.training.neighbours import nearest_neighbour_accuracy
 from equiflop.training.objective import Objective
 from equiflop.training.recipe import load_recipe, recipe_names
 from equiflop.training.state import load_state, saved_states
-from test_training import CPU, GREY, assert_same_outcome, config_for, toy_data
+from test_training import CPU, GREY, StopAfter, assert_same_outcome, config_for, toy_data
 
 
 def write_pictures(folder: Path, count: int = 24, size: int = 20) -> Path:
@@ -385,11 +385,18 @@ class TestWhatIsKept:
     def test_starting_anew_removes_what_would_be_taken_for_the_new_run(self, tmp_path: Path) -> None:
         trainer = Trainer(config_for(tmp_path, epochs=1), toy_data())
         trainer.run()
-        trainer.start_anew()
+        trainer.remove_checkpoints()
+        (tmp_path / "unreadable.txt").write_text("old\n")
+        assert (tmp_path / "model.safetensors").is_file()
+        anew = Trainer(config_for(tmp_path, epochs=1, seed=1), toy_data())
+        anew.start_anew()
+        assert (tmp_path / "log.csv").is_file()  # nothing goes before a step has succeeded
+        with pytest.raises(TrainingInterrupted):
+            anew.run_epoch(StopAfter(1))
         left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-        assert left == {"config.json", ".lock"}
+        assert left == {"config.json", ".lock", "log.csv", "log.jsonl", "step-00000001.pt"}
         with sole_user(tmp_path), pytest.raises(ValueError, match="another process"):
-            trainer.start_anew()
+            anew.run()
 
     def test_other_data_is_not_resumed(self, tmp_path: Path) -> None:
         Trainer(config_for(tmp_path, epochs=1), toy_data()).run()

@@ -15,7 +15,7 @@ from equiflop.benchmark.memory import peak_memory
 from equiflop.benchmark.timing import Spread, time_in_turns
 from equiflop.inference import optimize_for_inference
 from equiflop.training.evaluation import MirrorAveraged
-from equiflop.training.model_spec import create_model, input_keywords
+from equiflop.training.model_spec import check_takes, create_model, input_keywords
 from equiflop.training.progress import Progress
 
 Mode = Literal["eager", "compile", "optimized"]
@@ -171,6 +171,7 @@ def _networks(name: str, config: BenchConfig, device: torch.device) -> list[_Net
         size = input_keywords(model_name, (3, *config.image_size))
         keywords = {**{k: v for k, v in size.items() if k == "img_size"}, **settings}
         model = networks[-1].model if views == 2 else create_model(model_name, keywords)
+        check_takes(model, model_name, (3, *config.image_size))
         macs = equiflop.macs(model, config.image_size) * views
         parameters = sum(p.numel() for p in model.parameters())
         label = f"{model_name} (both views)" if views == 2 else model_name

@@ -13,15 +13,26 @@ import click
 def command(runs: tuple[str, ...], output: str) -> None:
     """Compare RUNS: loss and accuracy by epoch, accuracy by training time, and the best accuracy of each.
 
-    RUNS are folders that equiflop train wrote; what is not finished is drawn as far as it went.
+    RUNS are folders that equiflop train wrote; what is not finished is drawn as far as it went, and what
+    is no run, or has no epoch yet, is left out and named.
 
     \b
     Example:
       equiflop plot runs/flop_deit3_tiny_patch16_224 runs/deit3_tiny_patch16_224 --output compare.png
     """
-    from equiflop.training.run_figure import draw_runs, read_run
+    from equiflop.training.run_figure import RunLog, draw_runs, read_run
 
-    records = [read_run(Path(run)) for run in runs]
+    records: list[RunLog] = []
+    problems: list[str] = []
+    for folder in runs:
+        try:
+            records.append(read_run(Path(folder)))
+        except ValueError as error:
+            problems.append(str(error))
+    if not records:
+        raise ValueError(problems[0])
+    for problem in problems:
+        click.echo(f"equiflop: left out {problem}", err=True)
     draw_runs(records, Path(output))
     width = max(len(run.name) for run in records)
     for run in records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,8 @@ def _option(name: str, default: Any, text: str) -> click.Option:
     type=click.Choice(["auto", "never"]),
     default="auto",
     show_default=True,
-    help="auto goes on from the newest checkpoint in --out, if there is one; never removes them and starts anew.",
+    help="auto goes on from the newest checkpoint in --out, if there is one; never starts anew and removes them as "
+    "soon as a step has succeeded.",
 )
 @click.option("--amp", is_flag=True, help="Short for --precision bfloat16.")
 @json_option
@@ -112,8 +114,8 @@ def _configuration(model: str | None, recipe: str | None, amp: bool, given: dict
     options: dict[str, Any] = load_recipe(recipe) if recipe else {}
     keywords = dict(given.pop("model_kwargs") or ())
     given = {name: value for name, value in given.items() if value is not None}
-    if amp:
-        given.setdefault("precision", "bfloat16")
+    if amp and given.setdefault("precision", "bfloat16") != "bfloat16":
+        raise click.UsageError(f"--amp is --precision bfloat16, and --precision is {given['precision']}; give one")
     options |= given
     options["model"] = model or options.get("model")
     if keywords:
@@ -165,4 +167,4 @@ def _conclude(trainer: Trainer, history: list[EpochRecord], as_json: bool) -> No
     if any(record.unreadable for record in history):
         click.echo(f"images that could not be read are listed in {trainer.out / 'unreadable.txt'}")
     click.echo(f"weights in {weights}, log in {trainer.out / 'log.csv'}")
-    click.echo(f"next: equiflop eval {trainer.out}")
+    click.echo(f"next: equiflop eval {shlex.quote(str(trainer.out))}")

@@ -42,18 +42,19 @@ class ImageSource(Protocol):
 
 
 class FolderImages:
-    """Image files in one sub-folder per class.
+    """Image files in one sub-folder per class. Files and folders whose names begin with a dot do not count.
 
     Args:
         root: the folder that holds a folder per class (images may lie in folders below it).
         classes: names of the classes, in the order of their labels; by default the names of the sub-folders, sorted.
 
     Raises:
-        ValueError: if there is no image, or a sub-folder is not among ``classes``.
+        ValueError: if there is no image, if a sub-folder is not among ``classes``, or if it decides itself what the
+            classes are and one has no image.
     """
 
     def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
-        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _hidden(entry.name))
         self.classes = tuple(names if classes is None else classes)
         unknown = sorted(set(names) - set(self.classes))
         if unknown:
@@ -61,6 +62,10 @@ class FolderImages:
         files = [(path, label) for label, name in enumerate(self.classes) for path in _image_files(root / name)]
         if not files:
             raise ValueError(f"{root}: holds no images (expected {root}/CLASS/*.jpg or other image files)")
+        empty = sorted(set(range(len(self.classes))) - {label for _, label in files})
+        if classes is None and empty:
+            folder = root / self.classes[empty[0]]
+            raise ValueError(f"{folder}: holds no images, so there is no such class; remove the folder")
         self.files = [path for path, _ in files]
         self.labels = [label for _, label in files]
 
@@ -196,9 +201,16 @@ def _label(content: bytes, extension: str) -> int | None:
 
 
 def _image_files(folder: Path) -> list[str]:
-    return sorted(
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder)
-        for name in names
-        if os.path.splitext(name)[1].lower() in _IMAGE_EXTENSIONS
-    )
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        found += [
+            os.path.join(place, name)
+            for name in names
+            if os.path.splitext(name)[1].lower() in _IMAGE_EXTENSIONS and not _hidden(name)
+        ]
+    return sorted(found)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")

@@ -91,6 +91,14 @@ class Split(Protocol):
         """Number of images."""
         ...
 
+    def check(self, augmentation: Augmentation) -> None:
+        """See that images of this kind can be augmented so.
+
+        Raises:
+            ValueError: if not.
+        """
+        ...
+
     def batches(
         self,
         samples: Tensor,
@@ -131,6 +139,12 @@ class MemorySplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def check(self, augmentation: Augmentation) -> None:
+        """See :class:`Split`."""
+        name = augmentation.needs_files
+        if name:
+            raise ValueError(f"{name}={getattr(augmentation, name)!r} needs image files; this set lives in memory")
+
     def batches(
         self,
         samples: Tensor,
@@ -144,9 +158,8 @@ class MemorySplit:
         Raises:
             ValueError: if the augmentation is one for image files.
         """
-        if augmentation is not None and augmentation.needs_files:
-            name = augmentation.needs_files
-            raise ValueError(f"{name}={getattr(augmentation, name)!r} needs image files; this set lives in memory")
+        if augmentation is not None:
+            self.check(augmentation)
         mean = torch.tensor(self.preprocessing.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.preprocessing.std).view(1, -1, 1, 1)
         for chosen in _chunks(samples, batch_size):
@@ -192,6 +205,14 @@ class ImageSplit:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def check(self, augmentation: Augmentation) -> None:
+        """See :class:`Split`."""
+        try:
+            image_transform(self.preprocessing, augmentation)
+        except Exception as error:  # timm asserts, indexes and converts as it reads a policy
+            policy = augmentation.auto_augment
+            raise ValueError(f"auto_augment={policy!r} is not a policy that timm can read ({error})") from error
 
     def batches(
         self,

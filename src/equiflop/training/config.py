@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 #: Fields that may change between an interrupted run and its continuation: they do not change the result, or (batches
@@ -18,6 +19,7 @@ _FREE_ON_RESUME = (
     "compile",
     "device",
     "workers",
+    "unreadable_test",
     "keep_checkpoints",
     "save_minutes",
     "tensorboard",
@@ -103,6 +105,9 @@ class TrainConfig:
     unreadable: str = _setting(
         "skip", "Training images that cannot be read: leave out, count and list, or stop.", choices=("skip", "stop")
     )
+    unreadable_test: str = _setting(
+        "stop", "Test images that cannot be read: stop, or leave out and count.", choices=("stop", "skip")
+    )
 
     seed: int = _setting(0, "Decides everything random.", 0, 2**63 - 1)
     fsdp: bool = _setting(False, "Share parameters, gradients and optimiser out over the processes (FSDP2).")
@@ -119,6 +124,8 @@ class TrainConfig:
         object.__setattr__(self, "model_kwargs", json.loads(json.dumps(self.model_kwargs)))
         if self.image_size is not None:
             object.__setattr__(self, "image_size", tuple(self.image_size))
+        if not self.out:
+            raise ValueError("out='' is not a folder; give one, such as runs/mine")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} must be between 0 and {self.epochs}, the epochs")
         if self.ema_decay == 1:
@@ -153,11 +160,15 @@ class TrainConfig:
         return {item.name: (_default(item), _meaning(item)) for item in fields(cls)}
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """Names of the fields in which two runs would differ in their result."""
+        """Names of the fields in which two runs would differ in their result.
+
+        Data on a disk may have moved: what is in them is compared elsewhere.
+        """
+        free = (*_FREE_ON_RESUME, "data") if Path(self.data).exists() else _FREE_ON_RESUME
         return [
             item.name
             for item in fields(self)
-            if item.name not in _FREE_ON_RESUME and getattr(self, item.name) != getattr(other, item.name)
+            if item.name not in free and getattr(self, item.name) != getattr(other, item.name)
         ]
 
 
@@ -173,6 +184,11 @@ def check_names(values: Iterable[str]) -> None:
             close = get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
             raise ValueError(f"unknown training option {name!r}; {hint}")
+
+
+def number_names() -> set[str]:
+    """Names of the fields that are numbers and may have a fraction."""
+    return {item.name for item in fields(TrainConfig) if item.type == "float"}
 
 
 def _meaning(item: Field[Any]) -> str:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from equiflop.data import Preprocessing
@@ -44,6 +45,26 @@ def create_model(name: str, kwargs: Mapping[str, Any], pretrained: bool = False)
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except AssertionError as error:
         raise ValueError(f"model {name!r} cannot be made with {dict(kwargs)}: {error}") from error
+    except TypeError as error:
+        raise TypeError(f"model {name!r} cannot be made with {dict(kwargs)}: {error}") from error
+
+
+def check_takes(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
+    """See that a network, in evaluation mode and on the CPU, takes an image of (channels, height, width).
+
+    Raises:
+        ValueError: if not.
+    """
+    was_training = model.training
+    image = torch.zeros(1, *input_size)
+    try:
+        with torch.no_grad():
+            model.eval()(image)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        size = "x".join(map(str, input_size))
+        raise ValueError(f"model={name!r} does not take images of {size} (channels, height, width): {error}") from error
+    finally:
+        model.train(was_training)
 
 
 def input_keywords(name: str, input_size: tuple[int, int, int]) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def nearest_neighbour_accuracy(
         raise ValueError(f"neighbours={neighbours} must be between 1 and {len(train)}, the training images")
     model.eval()
     known, labels = _features(model, train, device, batch_size, workers, progress, skip_unreadable)
+    if neighbours > len(known):
+        raise ValueError(f"neighbours={neighbours}: only {len(known)} of the training images can be read")
     asked, expected = _features(model, test, device, batch_size, workers, progress, skip_unreadable)
     classes = int(max(labels.max(), expected.max())) + 1
     correct = 0
@@ -82,4 +84,6 @@ def _features(
         done += len(batch.labels)
         if progress is not None:
             progress.note(f"features of {done:,} of {len(split):,} images")
+    if not features:
+        raise ValueError(f"none of the {len(split):,} images can be read")
     return torch.cat(features), torch.cat(labels)

@@ -122,6 +122,11 @@ class Teacher(nn.Module):
             if count != len(classes):
                 raise ValueError(f"teacher={source!r} answers on {count} classes, the data has {len(classes)}")
             own = published_preprocessing(source) or preprocessing
+        if own.input_size[0] != preprocessing.input_size[0]:
+            raise ValueError(
+                f"teacher={source!r} takes images of {own.input_size[0]} channels, the network of "
+                f"{preprocessing.input_size[0]}; choose --channels"
+            )
         self.model = model.eval().requires_grad_(False)
         self.size = own.input_size[1:]
         scale = [ours / theirs for ours, theirs in zip(preprocessing.std, own.std, strict=True)]

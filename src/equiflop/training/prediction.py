@@ -58,15 +58,21 @@ class Classifier:
         return cls(name, model, _published_classes(model), preprocessing)
 
     def check_classes(self, classes: tuple[str, ...]) -> None:
-        """See that a data set has this network's classes (only their number, if the network's have other names).
+        """See that a data set has this network's classes.
+
+        Names that the network does not know are taken for other names of its classes.
 
         Raises:
             ValueError: if not.
         """
         if len(classes) != len(self.classes):
             raise ValueError(f"{self.name} has {len(self.classes)} classes, the data have {len(classes)}")
-        if set(classes) == set(self.classes) and classes != self.classes:
-            raise ValueError(f"{self.name} and the data have the same classes in different orders")
+        for label, (own, name) in enumerate(zip(self.classes, classes, strict=True)):
+            if name != own and name in self.classes:
+                raise ValueError(
+                    f"class {name!r} is number {label} of the data but {self.classes.index(name)} of {self.name}: the "
+                    "same classes in different orders, or different classes"
+                )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def classifier_of(model: nn.Module) -> nn.Module | None:
 def set_drop_path(model: nn.Module, rate: float) -> None:
     """The same rate in every block, as published; timm's models grow it with depth."""
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if name in ("drop_path", "drop_path1", "drop_path2") and isinstance(child, (DropPath, nn.Identity)):
+        for name in ("drop_path", "drop_path1", "drop_path2"):
+            # timm's ResNets have None in the place of a rate of 0
+            if isinstance(getattr(module, name, ""), (DropPath, nn.Identity, type(None))):
                 setattr(module, name, DropPath(rate))

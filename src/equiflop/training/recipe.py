@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from equiflop.training.config import check_names
+from equiflop.training.config import check_names, number_names
 
 _FOLDER = files("equiflop.training") / "recipes"
 
@@ -52,4 +52,14 @@ def load_recipe(name: str) -> dict[str, Any]:
         check_names(options)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
-    return options
+    if not isinstance(options.get("model_kwargs") or {}, dict):
+        raise ValueError(f"{origin}: model_kwargs={options['model_kwargs']!r} is not a mapping such as 'depth: 4'")
+    return {name: _number(value) if name in number_names() else value for name, value in options.items()}
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3, without a point, for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

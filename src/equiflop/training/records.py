@@ -32,6 +32,7 @@ class EpochRecord:
         unreadable: training images that could not be read and were left out.
         seconds: training time, measuring not included.
         images_per_second: training images per second.
+        test_unreadable: test images that could not be read and were left out.
     """
 
     epoch: int
@@ -44,6 +45,7 @@ class EpochRecord:
     unreadable: int
     seconds: float
     images_per_second: float
+    test_unreadable: int = 0
 
     @property
     def best_accuracy(self) -> float:
@@ -54,6 +56,7 @@ class EpochRecord:
         """One line for people; ``epochs`` is how many there will be."""
         average = "" if self.ema_accuracy is None else f" (average {100 * self.ema_accuracy:.2f} %)"
         left_out = f"  {self.unreadable:,} unreadable images left out" if self.unreadable else ""
+        left_out += f"  {self.test_unreadable:,} unreadable test images left out" if self.test_unreadable else ""
         return (
             f"epoch {self.epoch}/{epochs}  loss {self.train_loss:.3f}  train {100 * self.train_accuracy:.2f} %  "
             f"test {100 * self.test_accuracy:.2f} %{average}  {self.images_per_second:,.0f} images/s{left_out}"
@@ -105,7 +108,6 @@ def add_lines(path: Path, lines: Sequence[str]) -> None:
         OSError: if it cannot be written; what was there before is then intact.
     """
     known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    merged = sorted({*known, *(" ".join(line.split()) for line in lines)})
-    write_atomically(
-        path, lambda file: file.write("".join(f"{line}\n" for line in merged).encode(errors="backslashreplace"))
-    )
+    printable = (" ".join(line.split()).encode(errors="backslashreplace").decode() for line in lines)
+    merged = sorted({*known, *printable})
+    write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in merged).encode()))

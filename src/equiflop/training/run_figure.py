@@ -78,10 +78,11 @@ def draw_runs(runs: Sequence[RunLog], output: Path) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     loss, by_epoch, by_time = figure.subplots(1, 3)
     for run in runs:
+        label = _label(run.name)
         percent = [100 * value for value in run.accuracy]
-        loss.plot(run.epochs, run.loss, marker=".", label=run.name)
-        by_epoch.plot(run.epochs, percent, marker=".", label=run.name)
-        by_time.plot([seconds / 60 for seconds in run.seconds], percent, marker=".", label=run.name)
+        loss.plot(run.epochs, run.loss, marker=".", label=label)
+        by_epoch.plot(run.epochs, percent, marker=".", label=label)
+        by_time.plot([seconds / 60 for seconds in run.seconds], percent, marker=".", label=label)
     for axes, x, y in (
         (loss, "epoch", "training loss"),
         (by_epoch, "epoch", "test accuracy in %"),
@@ -91,3 +92,8 @@ def draw_runs(runs: Sequence[RunLog], output: Path) -> None:
         axes.grid(alpha=0.3)
     loss.legend()
     write_atomically(output, lambda file: figure.savefig(file, format=kind, dpi=120))
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: it leaves out labels that begin with "_", and reads "$" as mathematics."""
+    return (" " + name if name.startswith("_") else name).replace("$", r"\$")

@@ -24,7 +24,7 @@ from equiflop.training.config import TrainConfig
 from equiflop.training.device import compile_problem
 from equiflop.training.evaluation import Evaluation, evaluate
 from equiflop.training.interrupt import StopRequest
-from equiflop.training.model_spec import ModelSpec, check_model_name, input_keywords
+from equiflop.training.model_spec import ModelSpec, check_model_name, check_takes, input_keywords
 from equiflop.training.objective import Objective
 from equiflop.training.preparation import classifier_of, set_drop_path, start_from
 from equiflop.training.processes import Processes
@@ -121,7 +121,10 @@ class Trainer:
         self.data = data if data is not None else self._open_data()
         self.spec = _spec_for(config, self.data)
         torch.manual_seed(derive_seed(config.seed, _INITIALISATION))
+        self.data.train.check(self._augmentation(epoch=0))
+        self._start_problem: Exception | None = None
         self.model: nn.Module = self._build()
+        check_takes(self.model, config.model, self.data.preprocessing.input_size)
         if not config.fsdp:
             self.model.to(self.device)
         self.ema: ModelEmaV3 | None = None
@@ -153,7 +156,7 @@ class Trainer:
         self.history: list[EpochRecord] = []
         self._running = _Running()
         self._unreadable: list[str] = []
-        self._compiled = self._stepped = False
+        self._compiled = self._stepped = self._starts_anew = False
         self._resumed_from: Path | None = None
         self._saved_at = time.monotonic()
 
@@ -174,7 +177,12 @@ class Trainer:
         config = self.config
         model = self.spec.build()
         if config.start_from:
-            start_from(model, config.start_from, self.data.preprocessing.input_size)
+            try:
+                start_from(model, config.start_from, self.data.preprocessing.input_size)
+            except (OSError, ValueError) as error:  # a run that goes on does not need it
+                if not saved_states(self.out / CHECKPOINT_FOLDER):
+                    raise
+                self._start_problem = error
         if config.drop_path and config.drop_path_schedule == "constant":
             set_drop_path(model, config.drop_path)
         if config.grad_checkpointing:
@@ -231,6 +239,7 @@ class Trainer:
                 failed = self.processes.largest(int(state is None))
             if not failed:
                 self._resumed_from = path
+                self._start_problem = None
                 return path
             problems.append(problem)
             self.progress.print(f"{problem}; trying the one before")
@@ -246,15 +255,11 @@ class Trainer:
             return None, str(error)
 
     def start_anew(self) -> None:
-        """Remove what an earlier run left in the run's folder: checkpoints, weights and logs.
+        """Let :meth:`run` remove what an earlier run left in the run's folder: checkpoints, weights and logs.
 
-        Raises:
-            ValueError: if another process trains there.
+        That happens when the first step has succeeded, so that a mistake in the options costs nothing.
         """
-        self.remove_checkpoints()
-        if self.processes.first:
-            for name in (WEIGHTS_FILE, UNREADABLE_FILE, *LOG_FILES):
-                (self.out / name).unlink(missing_ok=True)
+        self._starts_anew = True
 
     def remove_checkpoints(self) -> None:
         """Remove the training states in the run's folder, the best among them.
@@ -266,6 +271,17 @@ class Trainer:
             with sole_user(self.out):
                 remove_states(self.out / CHECKPOINT_FOLDER)
         self.processes.from_first(None)
+
+    def _remove_earlier_run(self) -> None:
+        if not self._starts_anew:
+            return
+        if self.processes.first:
+            remove_states(self.out / CHECKPOINT_FOLDER)
+            for name in (WEIGHTS_FILE, UNREADABLE_FILE, *LOG_FILES):
+                (self.out / name).unlink(missing_ok=True)
+        self.processes.from_first(None)
+        self._starts_anew = False
+        self.write_config()
 
     def run(self) -> list[EpochRecord]:
         """Train all epochs that are left, saving the state after each, and write the final weights.
@@ -280,7 +296,10 @@ class Trainer:
             if self.processes.first:
                 remove_leftovers(self.out)
                 remove_leftovers(self.out / CHECKPOINT_FOLDER)
-            self.write_config()
+            if self._start_problem is not None:
+                raise self._start_problem
+            if not self._starts_anew:
+                self.write_config()
             if self._resumed_from is not None:
                 self._keep_if_best(self._resumed_from)
             while not self.finished:
@@ -302,7 +321,7 @@ class Trainer:
         loader = self.data.train.batches(
             self._samples(),
             self.batch_size,
-            self._augmentation(),
+            self._augmentation(self.epoch),
             self.config.workers,
             skip_unreadable=self.config.unreadable == "skip",
         )
@@ -321,6 +340,7 @@ class Trainer:
                     self._stop_if_asked(stop)
                 raise
             self._stepped = True
+            self._remove_earlier_run()
             batches = []
             now = time.perf_counter()
             self._running.seconds += now - last
@@ -340,14 +360,14 @@ class Trainer:
         used = self.steps_per_epoch * accumulate * count * self.batch_size
         return order[:used].view(-1, accumulate, count, self.batch_size)[self.step :, :, self.processes.rank].flatten()
 
-    def _augmentation(self) -> Augmentation:
+    def _augmentation(self, epoch: int) -> Augmentation:
         config = self.config
         return Augmentation(
             config.mirror,
             config.shift,
             config.crop_scale,
             config.seed,
-            self.epoch,
+            epoch,
             config.crop_mode,
             config.auto_augment,
             config.color_jitter,
@@ -370,6 +390,7 @@ class Trainer:
         total_steps = self.epoch * self.steps_per_epoch + self.step
         path = state_path(self.out / CHECKPOINT_FOLDER, total_steps, self.config.fsdp)
         self._check_weights()
+        self._remove_earlier_run()
         for network in self._networks():
             self.processes.same_buffers(network)
         self._note_unreadable()
@@ -458,14 +479,15 @@ class Trainer:
         for number, batch in enumerate(batches):
             with self.processes.averaging(self.network, last=number == len(batches) - 1):
                 self._accumulate(number, batch)
-        if self._running.images == images_before:
-            raise ValueError(f"no image of a whole step can be read, for example {batches[0].problems[0]}")
+        self.step += 1
+        if self._running.images == images_before:  # none could be read: no step, and the mean loss stays
+            self._running.loss *= self.step / max(self.step - 1, 1)
+            return
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.step += 1
         if self.ema is not None:
             self.ema.update(self.model, step=update + 1)
 
@@ -511,14 +533,19 @@ class Trainer:
 
     def _finish_epoch(self) -> EpochRecord:
         running = self._running
+        if running.images == 0:
+            self._note_unreadable()
+            raise ValueError(f"no training image can be read; they are listed in {self.out / UNREADABLE_FILE}")
         try:
             for network in self._networks():
                 self.processes.same_buffers(network)
             measured = self._measure(self.model)
             averaged = self._measure(self.ema.module) if self.ema is not None else None
-        except ValueError:  # what was trained is not lost with a test image that cannot be read
-            self.save()
-            raise
+        except ValueError as error:  # what was trained is not lost with a test image that cannot be read
+            raise ValueError(
+                f"{error}; that was in measuring on the test images, the state after training is saved in "
+                f"{self.save()} (images that cannot be read are left out by --unreadable-test skip)"
+            ) from error
         record = EpochRecord(
             epoch=self.epoch + 1,
             lr=self.lr,
@@ -530,6 +557,7 @@ class Trainer:
             unreadable=running.unreadable,
             seconds=running.seconds,
             images_per_second=running.images / max(running.seconds, 1e-9),
+            test_unreadable=measured.unreadable,
         )
         self.history.append(record)
         self.epoch, self.step, self._running = self.epoch + 1, 0, _Running()
@@ -545,6 +573,7 @@ class Trainer:
             workers=self.config.workers,
             progress=self.progress,
             processes=self.processes,
+            skip_unreadable=self.config.unreadable_test == "skip",
         )
 
     def _stop_if_asked(self, stop: StopRequest | None) -> None:
@@ -573,6 +602,8 @@ class Trainer:
                 f"{path}: is of other data ({state.training_images:,} training images in {len(state.spec.classes)} "
                 f"classes there, {len(self.data.train):,} in {len(self.data.classes)} here); take another folder"
             )
+        if self.config.data != state.config.data:
+            self.progress.print(f"data={self.config.data!r} is taken for {state.config.data!r}, where this run began")
 
     def _take(self, state: TrainState, path: Path) -> None:
         if self.config.fsdp:
@@ -623,4 +654,7 @@ def _spec_for(config: TrainConfig, data: ImageData) -> ModelSpec:
     keywords = input_keywords(config.model, data.preprocessing.input_size)
     if config.drop_path:
         keywords["drop_path_rate"] = config.drop_path
+    count = config.model_kwargs.get("num_classes", len(data.classes))
+    if count != len(data.classes):
+        raise ValueError(f"num_classes={count}: {data.name} has {len(data.classes)} classes, which decides it")
     return ModelSpec(config.model, {**keywords, **config.model_kwargs}, data.classes, data.preprocessing)
