@@ -101,6 +101,7 @@ def command(
     except TrainingInterrupted as stopped:
         if trainer.processes.first:
             click.echo(f"equiflop: {stopped}; run the same command again to go on", err=True)
+        leave(128 + stopped.signal_number)
         raise SystemExit(128 + stopped.signal_number) from stopped
     if trainer.processes.first:
         _conclude(trainer, history, as_json)

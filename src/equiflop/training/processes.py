@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -123,7 +124,20 @@ class Processes:
         return [value for part in lists for value in part]
 
 
-def leave() -> None:
-    """Leave the group at the end of a program."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def leave(code: int = 0) -> None:
+    """End the program, if it is one of several processes, when all of them have come to their end.
+
+    That goes without Python's own way of ending, in which a thread of the group that still asks for the interpreter
+    aborts the process now and then; torchrun then stops the others and takes all for failed.
+
+    Args:
+        code: exit code; another than 0 does not wait for the others.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if code == 0:
+        dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
