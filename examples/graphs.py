@@ -35,7 +35,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from equiflop import macs
-from equiflop.files import write_atomically
+from equiflop.files import write_text
 from equiflop.models.graph_network import GraphNetwork, SetNetwork
 
 SIDE = 8
@@ -250,7 +250,7 @@ def main() -> None:
             "nodes": NODES,
             "networks": rows,
         }
-        write_atomically(arguments.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+        write_text(arguments.output, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiflop import macs
-from equiflop.files import write_atomically
+from equiflop.files import write_text
 from equiflop.groups import octahedral_rotations
 from equiflop.models.point_transformer import PlainPointTransformer, PointTransformer
 
@@ -310,7 +310,7 @@ def write_json(path: Path, update: dict[str, Any]) -> None:
     result = json.loads(path.read_text()) if path.exists() else {}
     for part, entries in update.items():
         result[part] = {**result.get(part, {}), **entries}
-    write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+    write_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def parse() -> argparse.Namespace:

@@ -33,7 +33,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import equiflop
-from equiflop.files import write_atomically
+from equiflop.files import write_atomically, write_text
 from equiflop.models import EquivariantVisionTransformer
 from equiflop.models.segmentation import Segmenter
 
@@ -357,7 +357,7 @@ def main() -> None:
             "classes": CLASSES,
             "networks": rows,
         }
-        write_atomically(options.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+        write_text(options.output, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

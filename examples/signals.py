@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from equiflop import macs
 from equiflop.benchmark.timing import time_in_turns
-from equiflop.files import write_atomically
+from equiflop.files import write_text
 from equiflop.models.signal_network import SignalNetwork
 from equiflop.nn.circulant import CirculantLinear
 
@@ -258,7 +258,7 @@ def main() -> None:
             "networks": networks,
             "paths": paths,
         }
-        write_atomically(arguments.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+        write_text(arguments.output, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from equiflop.training.prediction import Classifier
 from equiflop.training.preparation import set_drop_path
 from equiflop.training.recipe import load_recipe
 from equiflop.training.records import add_lines
+from test_malformed import assert_one_line
 
 MODEL = ["flop_deit3_tiny_patch16_224", "--set", "depth=1", "--set", "embed_dim=16", "--set", "num_heads=2"]
 MODEL += ["--set", "patch_size=8", "--img-size", "16", "--device", "cpu", "--batch-size", "8"]
@@ -47,12 +47,6 @@ def run(*arguments: object) -> Result:
 
 def train(images: object, out: Path, *options: object, model: list[str] = MODEL) -> Result:
     return run("train", *model, "--data", images, "--out", out, "--epochs", "1", *options)
-
-
-def assert_one_line(result: Result, *words: str) -> None:
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith(("equiflop:", "Error:"))]
-    assert len(lines) == 1 and all(word in lines[0] for word in words), result.stderr
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -170,7 +164,10 @@ def test_constant_drop_path_reaches_every_block_of_a_resnet() -> None:
 def test_moved_data_and_lost_starting_weights(images: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "run"
     assert train(images, source).exit_code == 0
-    command: Callable[[Path], Result] = lambda data: train(data, out, "--start-from", source)  # noqa: E731
+
+    def command(data: Path) -> Result:
+        return train(data, out, "--start-from", source)
+
     assert command(images).exit_code == 0
     shutil.rmtree(source)
     moved = images.rename(tmp_path / "moved")

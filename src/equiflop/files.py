@@ -32,6 +32,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             temporary.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 by :func:`write_atomically`."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """Make a folder such that after a crash at any moment the old one or the new one is there, never a part.
 

@@ -35,7 +35,7 @@ import equiflop
 from equiflop.benchmark.machine import describe_machine
 from equiflop.data import ImageData, MemorySplit, Preprocessing
 from equiflop.data.decode import decode_image, read_image
-from equiflop.files import write_atomically
+from equiflop.files import write_atomically, write_text
 from equiflop.nn import Linear, Mlp
 from equiflop.nn.activation import FourierActivation
 from equiflop.training import MirrorAveraged, TrainConfig, Trainer, evaluate
@@ -314,7 +314,7 @@ def _add(record: dict[str, Any]) -> None:
     """A line of the results, in the place of an older one of that name."""
     lines = [line for line in finished() if line["run"] != record["run"]]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, record])
-    write_atomically(RESULTS, lambda file: file.write(text.encode()))
+    write_text(RESULTS, text)
     print(f"{record['run']}: {100 * record['accuracy']:.2f} %, {record['train_seconds']:.0f} s", flush=True)
 
 
@@ -322,7 +322,7 @@ def run_one(name: str, source: str | None, folder: Path, seeds: int) -> None:
     """One run by its name; writes ``result.json`` into its folder."""
     run = {run.name: run for run in all_runs(seeds)}[name]
     text = json.dumps(execute(run, load_images(source, folder), folder))
-    write_atomically(folder / name / "result.json", lambda file: file.write(text.encode()))
+    write_text(folder / name / "result.json", text)
 
 
 def report() -> None:

@@ -100,6 +100,7 @@ def command(
     from equiflop.benchmark.compare import BenchConfig, check_config, compare
     from equiflop.benchmark.figures import read_accuracies, write_figures
     from equiflop.benchmark.machine import describe_machine
+    from equiflop.files import write_text
     from equiflop.training.device import pick_device
     from equiflop.training.model_spec import check_model_name
     from equiflop.training.progress import Progress
@@ -145,7 +146,7 @@ def command(
         result = {**machine, "dtype": dtype, "entries": [entry.as_dict() for entry in entries]}
         text = json.dumps(result, indent=2) + "\n"
         if output is not None:  # after every model, so that a long run that is stopped leaves something
-            _write(output, text)
+            write_text(output, text)
     progress.clear()
     if output is not None:
         click.echo(f"\nwrote {output}", err=as_json)
@@ -154,12 +155,6 @@ def command(
             click.echo(f"wrote {path}", err=as_json)
     if as_json:
         click.echo(text, nl=False)
-
-
-def _write(path: Path, text: str) -> None:
-    from equiflop.files import write_atomically
-
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _line(entry: Entry) -> str:

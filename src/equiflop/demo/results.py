@@ -9,7 +9,7 @@ from typing import Any
 
 from equiflop.benchmark.machine import describe_machine
 from equiflop.benchmark.timing import Spread
-from equiflop.files import write_atomically
+from equiflop.files import write_text
 from equiflop.training import Evaluation
 
 #: The three classifiers that the demo compares.
@@ -127,7 +127,7 @@ def write_results(path: Path, results: DemoResults) -> None:
         OSError: if the file cannot be written.
     """
     content = {**describe_machine(), **asdict(results)}
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _ties(row: Row) -> str:

@@ -131,12 +131,11 @@ def leave(code: int = 0) -> None:
     aborts the process now and then; torchrun then stops the others and takes all for failed.
 
     Args:
-        code: exit code; another than 0 does not wait for the others.
+        code: exit code.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    if code == 0:
-        dist.barrier()
+    dist.barrier()  # torchrun would stop the first, which still writes, when another has ended with a code
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -54,7 +54,8 @@ def load_recipe(name: str) -> dict[str, Any]:
         raise ValueError(f"{origin}: {error}") from error
     if not isinstance(options.get("model_kwargs") or {}, dict):
         raise ValueError(f"{origin}: model_kwargs={options['model_kwargs']!r} is not a mapping such as 'depth: 4'")
-    return {name: _number(value) if name in number_names() else value for name, value in options.items()}
+    numbers = number_names()
+    return {name: _number(value) if name in numbers else value for name, value in options.items()}
 
 
 def _number(value: Any) -> Any:

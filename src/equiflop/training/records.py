@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from equiflop.files import write_atomically
+from equiflop.files import write_text
 
 #: Name of the list of images that could not be read, in a run's folder.
 UNREADABLE_FILE = "unreadable.txt"
@@ -75,8 +75,8 @@ def write_logs(folder: Path, history: Sequence[EpochRecord]) -> None:
     records = [asdict(record) for record in history]
     writer.writerows(records)
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
-    write_atomically(folder / "log.jsonl", lambda file: file.write(lines.encode()))
+    write_text(folder / "log.csv", text.getvalue())
+    write_text(folder / "log.jsonl", lines)
 
 
 def check_tensorboard() -> None:
@@ -110,4 +110,4 @@ def add_lines(path: Path, lines: Sequence[str]) -> None:
     known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     printable = (" ".join(line.split()).encode(errors="backslashreplace").decode() for line in lines)
     merged = sorted({*known, *printable})
-    write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in merged).encode()))
+    write_text(path, "".join(f"{line}\n" for line in merged))

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from equiflop.data import Augmentation, Batch, ImageData, open_data
 from equiflop.data.randomness import derive_seed, epoch_order
-from equiflop.files import remove_leftovers, sole_user, write_atomically
+from equiflop.files import remove_leftovers, sole_user, write_text
 from equiflop.training.checkpoint import WEIGHTS_FILE, load_weights, save_weights
 from equiflop.training.config import TrainConfig
 from equiflop.training.device import compile_problem
@@ -460,7 +460,7 @@ class Trainer:
         if not self.processes.first:
             return
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
-        write_atomically(self.out / "config.json", lambda file: file.write(text.encode()))
+        write_text(self.out / "config.json", text)
 
     def write_weights(self) -> Path:
         """Write the final weights as ``model.safetensors``, those averaged where there are any."""
