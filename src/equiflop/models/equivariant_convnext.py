@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from equiflop.grids import ImageGroup, as_image_group, named_image_group
 from equiflop.groups import Rep
+from equiflop.models.initialise import init_linears
 from equiflop.models.isotropic_convnext import IsotropicConvNeXt
 from equiflop.nn import DepthwiseConv, Downsample, Invariants, LayerScale, Linear, Mlp, PatchEmbed
 from equiflop.nn import LayerNorm as EquivariantLayerNorm
@@ -378,13 +379,10 @@ class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
 
 def _init_convnext(model: Any, head_init_scale: float) -> None:
     """As published: matrices and tied kernels truncated normal 0.02, the stem included, biases 0."""
+    init_linears(model)
     for module in model.modules():
-        if isinstance(module, (Linear, nn.Linear, DepthwiseConv)):
-            for parameter in module.parameters():
-                if parameter is module.bias:
-                    nn.init.zeros_(parameter)
-                else:
-                    nn.init.trunc_normal_(parameter, std=0.02)
+        if isinstance(module, DepthwiseConv):
+            module.init_weights(std=0.02)
     with torch.no_grad():
         for parameter in model.head.fc.parameters():
             parameter.mul_(head_init_scale)

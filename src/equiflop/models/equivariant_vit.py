@@ -15,13 +15,15 @@ from timm.models.vision_transformer import Block as PlainBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from equiflop.grids import ImageGroup, as_image_group, named_image_group
+from equiflop.grids import ImageGroup, as_image_group
 from equiflop.groups import Rep
 from equiflop.models.classifier import replace_classifier
+from equiflop.models.initialise import init_linears, reset_all
 from equiflop.models.image_size import check_image_size
 from equiflop.models.transition import FinalPlainNorm, FirstPlainBlock, ToInvariants, ToIrrepOrder, ToRegular
 from equiflop.nn import Block, Invariants, LayerNorm, Linear, PatchEmbed, PositionEmbedding
 from equiflop.nn.invariants import InvariantKind
+from equiflop.nn.attention import Heads, check_heads
 from equiflop.nn.norm import Weighting
 
 #: ``equivariant``: every block; ``hybrid``: the first blocks, then plain ones on the same channels; ``invariant``: the
@@ -44,8 +46,13 @@ class EquivariantVisionTransformer(VisionTransformer):
         multiplicities: how often each irrep occurs in the features, in the order of ``group.irreps``, together
             ``embed_dim`` channels; by default a multiple of the regular representation, as published. For the mirror
             group ``(m, n)`` is m invariant and n sign-flipping channels. Not for hybrid designs.
-        norm_eps: ``eps`` of the equivariant layer norms; by default 1e-6, and as published 1e-6 / 2 for group ``flop``.
+        heads: ``"coupled"``, every head holds its share of every irrep, as published; or ``"regular"``, heads come as
+            ``|G|`` copies that the group permutes. See :class:`equiflop.nn.Attention`.
+        norm_eps: ``eps`` of the equivariant layer norms.
         norm_weighting: see :class:`equiflop.nn.LayerNorm`.
+        token_std: standard deviation of class token and position embedding when they are initialised.
+        plain_order: the channels' order in the plain blocks of a hybrid design: ``"group"``, the group's own basis, or
+            ``"irreps"``.
         plain_norm_eps: ``eps`` of the plain layer norms of hybrid and invariant designs.
 
     Raises:
@@ -95,8 +102,11 @@ class EquivariantVisionTransformer(VisionTransformer):
         equivariant_depth: int | None = None,
         invariants: InvariantKind | None = None,
         multiplicities: Sequence[int] | None = None,
-        norm_eps: float | None = None,
+        heads: Heads = "coupled",
+        norm_eps: float = 1e-6,
         norm_weighting: Weighting = "entries",
+        token_std: float = 0.02,
+        plain_order: Literal["group", "irreps"] = "group",
         plain_norm_eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -106,17 +116,16 @@ class EquivariantVisionTransformer(VisionTransformer):
         equivariant_depth = _equivariant_depth(design, equivariant_depth, depth)
         check_image_size(group, img_size, dynamic_img_size)
         rep = _feature_rep(group, embed_dim, multiplicities, design)
-        is_flop = group == named_image_group("flop")
-        eps = norm_eps if norm_eps is not None else (0.5e-6 if is_flop else 1e-6)
+        check_heads(rep, num_heads, heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def norm_layer(dim: int, **options: Any) -> LayerNorm:
-            return LayerNorm(rep, eps, weighting=norm_weighting, **dd)
+            return LayerNorm(rep, norm_eps, weighting=norm_weighting, **dd)
 
         def transition() -> nn.Module:
             if design == "invariant":
                 return ToInvariants(rep, invariants or "norm", **dd)
-            return ToRegular(rep, **dd) if group.order == 2 else ToIrrepOrder(rep)
+            return ToRegular(rep, **dd) if plain_order == "group" else ToIrrepOrder(rep)
 
         def block(depth: int, **options: Any) -> nn.Module:
             if depth < equivariant_depth:
@@ -125,8 +134,9 @@ class EquivariantVisionTransformer(VisionTransformer):
                 return Block(
                     rep,
                     **{name: options[name] for name in (*shared, "drop_path")},
+                    heads=heads,
                     act=act,
-                    norm_eps=eps,
+                    norm_eps=norm_eps,
                     norm_weighting=norm_weighting,
                     **dd,
                 )
@@ -181,6 +191,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         self.design = design
         self.equivariant_depth = equivariant_depth
         self.plain_norm_eps = plain_norm_eps
+        self.token_std = token_std
         trivial = rep.multiplicities[0]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, trivial, **dd)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, trivial, **dd)) if reg_tokens else None
@@ -227,7 +238,8 @@ class EquivariantVisionTransformer(VisionTransformer):
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialise as published: linear maps, position embedding and class token truncated normal 0.02, biases 0.
 
-        With group ``octic`` class token and position embedding are eight times as large (arXiv 2505.15441).
+        Class token and position embedding take ``token_std``, eight times as much in the published octic networks (arXiv
+        2505.15441).
 
         Args:
             mode: ``""``, or ``"reset"`` to use every layer's own initialisation.
@@ -239,23 +251,16 @@ class EquivariantVisionTransformer(VisionTransformer):
         mode = mode or self.weight_init_mode
         if mode not in ("", "reset"):
             raise ValueError(f"weight_init={mode!r} is not supported; choose '', 'skip' or 'reset'")
-        token_std = 0.16 if self.group == named_image_group("octic") else 0.02
         if self.cls_token is not None:
-            nn.init.trunc_normal_(self.cls_token, std=token_std)
+            nn.init.trunc_normal_(self.cls_token, std=self.token_std)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6)
-        for name, module in self.named_modules():
-            is_linear = isinstance(module, (Linear, nn.Linear)) and not name.startswith("patch_embed")
-            if is_linear and mode == "":
-                for parameter in module.parameters():
-                    if parameter is module.bias:
-                        nn.init.zeros_(parameter)
-                    else:
-                        nn.init.trunc_normal_(parameter, std=0.02)
-            elif isinstance(module, PositionEmbedding):
-                module.reset_parameters(token_std)
-            elif needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        if needs_reset:
+            reset_all(self)
+        if mode == "":
+            init_linears(self, skip=("patch_embed",))
+        if self.pos_embed is not None:
+            self.pos_embed.reset_parameters(self.token_std)
         if self.fix_init:
             self.fix_init_weight()
 

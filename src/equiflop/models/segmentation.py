@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from equiflop.grids import ImageGroup
 from equiflop.groups import Rep
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
+from equiflop.models.initialise import init_linear, init_linears
 from equiflop.nn import Dropout, GridTransform, Linear, Mlp
 
 #: ``pixels``: a logit for every pixel; ``tokens``: one for every patch.
@@ -63,10 +64,7 @@ class PatchDecoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Weights truncated normal 0.02, bias 0, as heads in timm."""
-        for _, weight in self.proj.weights():
-            nn.init.trunc_normal_(weight, std=0.02)
-        if self.proj.bias is not None:
-            nn.init.zeros_(self.proj.bias)
+        init_linear(self.proj)
 
     @property
     def macs_per_token(self) -> int:
@@ -177,11 +175,7 @@ class Segmenter(nn.Module):
 
     def _init_mlp(self) -> None:
         if self.mlp is not None:
-            for linear in (self.mlp.fc1, self.mlp.fc2):
-                for _, weight in linear.weights():
-                    nn.init.trunc_normal_(weight, std=0.02)
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
+            init_linears(self.mlp)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Accept images of another size from now on; see the backbone's method of this name."""

@@ -8,7 +8,8 @@ from timm.models.vision_transformer import Block as PlainBlock
 from torch import Tensor, nn
 
 from equiflop.groups import Rep
-from equiflop.nn import Invariants, ToSpatial, split
+from equiflop.kernels import layout_of, split
+from equiflop.nn import Invariants, ToSpatial
 from equiflop.nn.invariants import InvariantKind
 
 
@@ -46,7 +47,7 @@ class ToIrrepOrder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = [
             block.unflatten(-1, (irrep.regular_multiplicity, -1)).transpose(-3, -2).flatten(-3)
-            for block, irrep in zip(split(x, self.rep), self.rep.group.irreps, strict=True)
+            for block, irrep in zip(split(x, layout_of(self.rep)), self.rep.group.irreps, strict=True)
         ]
         return torch.cat(parts, dim=-1)
 

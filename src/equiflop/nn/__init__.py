@@ -3,7 +3,6 @@
 from equiflop.nn.activation import FourierActivation
 from equiflop.nn.attention import Attention
 from equiflop.nn.block import Block
-from equiflop.nn.blocks import join, split
 from equiflop.nn.circulant import CirculantLinear
 from equiflop.nn.depthwise import DepthwiseConv
 from equiflop.nn.downsample import Downsample
@@ -11,7 +10,7 @@ from equiflop.nn.dropout import Dropout
 from equiflop.nn.fixed import FixedTensors
 from equiflop.nn.grid import GridTransform
 from equiflop.nn.invariants import Invariants
-from equiflop.nn.linear import Linear
+from equiflop.nn.linear import AlgebraLinear, Linear
 from equiflop.nn.mlp import Mlp
 from equiflop.nn.norm import Affine, LayerNorm, LayerScale
 from equiflop.nn.patch_embed import PatchEmbed
@@ -23,6 +22,7 @@ from equiflop.nn.token_mixing import TokenMixing
 
 __all__ = [
     "Affine",
+    "AlgebraLinear",
     "Attention",
     "Block",
     "CirculantLinear",
@@ -46,6 +46,4 @@ __all__ = [
     "ToSpatial",
     "TokenMixing",
     "act_on_channels",
-    "join",
-    "split",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from equiflop.groups import FourierPlan, Rep, fourier_matrix, fourier_plan
-from equiflop.nn.blocks import join, split
+from equiflop.groups import Rep, fourier_matrix, fourier_plan
+from equiflop.nn.checks import check_axis
 from equiflop.nn.fixed import FixedTensors
 
 
@@ -16,7 +17,7 @@ class FourierActivation(FixedTensors):
     """A pointwise function in the spatial domain, where the group only permutes, between two Fourier transforms.
 
     For groups whose transform factorises into additions (all the named image groups) no matrix product is made. The
-    transforms are orthogonal. Bökman et al., arXiv 2502.05169, section 3.
+    transforms are orthogonal. Between two linear maps they cost nothing: see :class:`equiflop.nn.Mlp`. Bökman et al., arXiv 2502.05169, section 3.
 
     Args:
         rep: type of the feature axis; a multiple of the regular representation.
@@ -50,11 +51,7 @@ class FourierActivation(FixedTensors):
         self.copies = copies
         self.act = nn.GELU() if act is None else act
         self.plan = fourier_plan(rep.group)
-        #: A factor per irrep that belongs to the transform; see :meth:`forward_blocks`.
-        self.irrep_scales = (1.0,) * len(rep.group.irreps)
-        if self.plan is not None:
-            self.irrep_scales = self.plan.irrep_scales(rep.group)
-        else:
+        if self.plan is None:
             self.fix("fourier", fourier_matrix(rep.group), device, dtype)
 
     @property
@@ -62,59 +59,20 @@ class FourierActivation(FixedTensors):
         """MACs of the transforms for one vector: 0 where they are additions, else ``2 |G|`` per channel."""
         return 0 if self.plan is not None else 2 * self.rep.group.order * self.rep.dim
 
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds for an input ``(..., rep.dim)``."""
+        return math.prod(shapes[0][:-1]) * self.macs_per_vector
+
     def forward(self, x: Tensor) -> Tensor:
+        check_axis(x, self.rep.dim, repr(self.rep))
         if self.plan is None:
             rows = x.unflatten(-1, (self.rep.group.order, self.copies))
             return (self.fourier.to(x.dtype) @ self.act(self.fourier.mT.to(x.dtype) @ rows)).flatten(-2)
-        rows = x.unflatten(-1, (self.rep.group.order, self.copies)).unbind(-2)
-        values = self.plan.synthesise([row * scale for row, scale in zip(rows, self.plan.scale, strict=True)])
-        # One tensor, so that a compiler does not compute every value again for every row of the output.
-        activated = self.plan.analyse(self.act(torch.stack(values)).unbind(0))
-        return torch.cat([row * scale for row, scale in zip(activated, self.plan.scale, strict=True)], dim=-1)
-
-    def forward_blocks(self, blocks: Sequence[Tensor], overwrite: bool = False) -> list[Tensor]:
-        """The same function on a feature that is taken apart: ``(..., d, multiplicity)`` per irrep in and out.
-
-        Without the factors ``irrep_scales``, with which input and output are to be multiplied: the linear maps before
-        and behind do that for free.
-
-        Args:
-            blocks: one tensor per irrep.
-            overwrite: whether the blocks may be overwritten, which saves memory where there are no gradients.
-        """
-        if self.plan is None:
-            return split(self.forward(join(blocks)), self.rep)
-        rows = iter(self._activate(blocks, self.plan, overwrite))
-        outputs = []
-        for irrep in self.rep.group.irreps:
-            count = irrep.dim * irrep.regular_multiplicity
-            if count == 1:
-                outputs.append(next(rows).unsqueeze(-2))
-            else:
-                stacked = torch.stack([next(rows) for _ in range(count)], dim=-2)
-                outputs.append(stacked.unflatten(-2, (irrep.dim, -1)).flatten(-2))
-        return outputs
-
-    def scaled(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """The blocks times the factors ``irrep_scales``."""
-        return [block * scale for block, scale in zip(blocks, self.irrep_scales, strict=True)]
-
-    def _activate(self, blocks: Sequence[Tensor], plan: FourierPlan, overwrite: bool) -> list[Tensor]:
-        """Rows of the transform, each ``(..., copies)``, of the activated feature; no scales."""
-        rows = [
-            row
-            for block, irrep in zip(blocks, self.rep.group.irreps, strict=True)
-            for row in block.unflatten(-1, (irrep.regular_multiplicity, self.copies)).flatten(-3, -2).unbind(-2)
-        ]
-        if not overwrite or torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return plan.analyse([self.act(value) for value in plan.synthesise(rows)])
-        values = plan.synthesise_(rows)
-        for i, value in enumerate(values):
-            if type(self.act) is nn.GELU:
-                torch.ops.aten.gelu_(value, approximate=self.act.approximate)
-            else:
-                values[i] = self.act(value)
-        return plan.analyse_(values)
+        n = self.copies
+        rows = [x[..., k * n : (k + 1) * n] * scale for k, scale in enumerate(self.plan.scale)]
+        values = [self.act(value) for value in self.plan.synthesise(rows)]
+        activated = zip(self.plan.analyse(values), self.plan.scale, strict=True)
+        return torch.cat([row * scale for row, scale in activated], dim=-1)
 
     def extra_repr(self) -> str:
         path = "additions" if self.plan is not None else "matrix products"

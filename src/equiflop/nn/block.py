@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from equiflop.groups import Rep
-from equiflop.nn.attention import Attention
+from equiflop.kernels import layout_of
+from equiflop.nn.attention import Attention, Heads
 from equiflop.nn.mlp import Mlp
 from equiflop.nn.norm import LayerNorm, LayerScale, Weighting
+from equiflop.nn.residual import residual_branch
 
 
 class Block(nn.Module):
@@ -19,7 +22,8 @@ class Block(nn.Module):
 
     Args:
         rep: type of the feature axis.
-        num_heads: heads of the attention; must divide every multiplicity.
+        num_heads: heads of the attention.
+        heads: ``"coupled"`` or ``"regular"``; see :class:`equiflop.nn.Attention`.
         mlp_ratio: width of the MLP over ``rep.dim``; the hidden width must be a multiple of the group's order.
         qkv_bias: whether queries, keys and values have a bias.
         proj_bias: whether the projections of attention and MLP have a bias.
@@ -44,6 +48,7 @@ class Block(nn.Module):
         rep: Rep,
         num_heads: int,
         *,
+        heads: Heads = "coupled",
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         proj_bias: bool = True,
@@ -58,36 +63,28 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_rep = Rep.regular_of_dim(rep.group, int(rep.dim * mlp_ratio), f"int({rep.dim} * mlp_ratio)")
 
-        def norm() -> LayerNorm:
-            return LayerNorm(rep, norm_eps, weighting=norm_weighting, device=device, dtype=dtype)
-
         def scale() -> nn.Module:
-            return LayerScale(rep, init_values, device=device, dtype=dtype) if init_values else nn.Identity()
+            return LayerScale(rep, init_values, **dd) if init_values else nn.Identity()
 
         def path() -> nn.Module:
             return DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
         self.rep = rep
-        self.norm1 = norm()
-        self.attn = Attention(
-            rep,
-            num_heads,
-            qkv_bias=qkv_bias,
-            proj_bias=proj_bias,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            device=device,
-            dtype=dtype,
-        )
+        self._layout = layout_of(rep)
+        self.norm1 = LayerNorm(rep, norm_eps, weighting=norm_weighting, **dd)
+        drops = {"attn_drop": attn_drop, "proj_drop": proj_drop}
+        self.attn = Attention(rep, num_heads, heads=heads, qkv_bias=qkv_bias, proj_bias=proj_bias, **drops, **dd)
         self.ls1 = scale()
         self.drop_path1 = path()
-        self.norm2 = norm()
-        self.mlp = Mlp(rep, hidden_rep, act=act, bias=proj_bias, drop=proj_drop, device=device, dtype=dtype)
+        self.norm2 = LayerNorm(rep, norm_eps, weighting=norm_weighting, **dd)
+        self.mlp = Mlp(rep, hidden_rep, act=act, bias=proj_bias, drop=proj_drop, **dd)
         self.ls2 = scale()
         self.drop_path2 = path()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        options = {"attn_mask": attn_mask, "is_causal": is_causal}
+        x = residual_branch(x, self._layout, self.norm1, self.attn, self.ls1, self.drop_path1, **options)
+        return residual_branch(x, self._layout, self.norm2, self.mlp, self.ls2, self.drop_path2)

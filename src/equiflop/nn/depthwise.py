@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,6 +94,18 @@ class DepthwiseConv(FixedTensors):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=1.0 / self.kernel_size)
+
+    def init_weights(self, std: float) -> None:
+        """Tied kernels truncated normal, bias 0."""
+        for name, parameter in self.named_parameters():
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=std)
+
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds for an input ``(B, rep.dim, H, W)``."""
+        return math.prod(shapes[0]) * self.kernel_size**2
 
     def kernel(self) -> Tensor:
         """The kernels in the order of the input channels, shape ``(rep.dim, 1, kernel_size, kernel_size)``."""

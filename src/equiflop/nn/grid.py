@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,7 +60,7 @@ class GridTransform(FixedTensors):
         if plan is None:
             self.fix("basis", decomposition.matrix, device, dtype)
             return
-        self.orbits = plan.gather.shape[1]
+        self.group_order, self.orbits = plan.gather.shape
         self.fix("gather", plan.gather.reshape(-1), device)
         self.picks = not np.array_equal(plan.pick, np.arange(plan.gather.size))
         self.fix("scatter", plan.scatter, device)
@@ -76,11 +78,15 @@ class GridTransform(FixedTensors):
         """MACs for one grid and channel: 0 where the transform is made of additions."""
         return 0 if self.plan is not None else self.rep.dim**2
 
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds for an input ``(..., height * width, n)``."""
+        return math.prod(shapes[0][:-2]) * shapes[0][-1] * self.macs_per_channel
+
     def forward(self, x: Tensor) -> Tensor:
         if self.plan is None:
             return self.basis.to(x.dtype) @ x
-        values = x.index_select(-2, self.gather).unflatten(-2, (-1, self.orbits))
-        rows = torch.stack(self.plan.analyse(values.unbind(-3)), dim=-3).flatten(-3, -2)
+        values = x.index_select(-2, self.gather)
+        rows = torch.cat(self.plan.analyse(self._parts(values)), dim=-2)
         if self.picks:
             rows = rows.index_select(-2, self.pick)
         return rows * (self.scales.to(rows.dtype) if self.scale is None else self.scale)
@@ -92,8 +98,12 @@ class GridTransform(FixedTensors):
         if self.picks:
             x = x.index_select(-2, self.source)
         x = x * (self.back_scales.to(x.dtype) if self.scale is None else self.scale)
-        values = torch.stack(self.plan.synthesise(x.unflatten(-2, (-1, self.orbits)).unbind(-3)), dim=-3)
-        return values.flatten(-3, -2).index_select(-2, self.scatter)
+        values = torch.cat(self.plan.synthesise(self._parts(x)), dim=-2)
+        return values.index_select(-2, self.scatter)
+
+    def _parts(self, x: Tensor) -> list[Tensor]:
+        """The values of one group element after the other, each ``(..., orbits, n)``."""
+        return [x[..., k * self.orbits : (k + 1) * self.orbits, :] for k in range(self.group_order)]
 
     def extra_repr(self) -> str:
         path = "additions" if self.plan is not None else "matrix product"

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from equiflop.groups import Irrep, Rep
 from equiflop.groups.polynomials import invariant_generators
-from equiflop.nn.blocks import split
+from equiflop.kernels import layout_of, split
+from equiflop.nn.checks import check_axis
 from equiflop.nn.fixed import FixedTensors
 from equiflop.nn.spatial import ToSpatial
 
@@ -80,11 +81,12 @@ class Invariants(FixedTensors):
                 self.fix(f"elements_{degree}", np.ascontiguousarray(moved.transpose(2, 1, 0)), device)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_axis(x, self.rep.dim, repr(self.rep))
         if self.kind == "trivial":
             return x[..., : self.rep.multiplicities[0]]
         if self.kind == "polynomial":
             return self._polynomials(self.to_spatial(x)).flatten(-2)
-        trivial, *others = split(x, self.rep)
+        trivial, *others = split(x, layout_of(self.rep))
         if self.kind == "norm":
             norms = [
                 block.squeeze(-2).abs() if block.shape[-2] == 1 else torch.linalg.vector_norm(block, dim=-2)

@@ -3,42 +3,105 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equiflop.groups import Irrep, Rep
-from equiflop.groups.group import algebra_table
-from equiflop.nn.blocks import join, split
+from equiflop.groups import Irrep, Rep, fourier_matrix
+from equiflop.kernels import layout_of
+from equiflop.kernels.orders import Order, read, write
+from equiflop.kernels.schur import Maps, algebra_product
+from equiflop.kernels.watched import is_bare
+from equiflop.nn.checks import check_axis
+from equiflop.nn.fixed import FixedTensors
 
-# Plain numbers, so that compilers can trace them.
-_ALGEBRA_TABLES = {e: algebra_table(e) for e in (2, 4)}
+OrderName = Literal["irreps", "group", "heads"]
 
 
-class Linear(nn.Module):
+class AlgebraLinear(nn.Module):
+    """The block of one irrep of complex or quaternionic type: ``sum_k J_k (x) W_k``.
+
+    ``weight`` holds the ``W_k`` below each other, shape ``(e * out_features, in_features)`` with e = 2 or 4.
+
+    Args:
+        irrep: the irrep.
+        in_features: its multiplicity in the input.
+        out_features: its multiplicity in the output.
+        device: where the parameters are made.
+        dtype: dtype of the parameters.
+
+    Shape: ``(..., d, in_features)`` to ``(..., d, out_features)``.
+    """
+
+    def __init__(
+        self,
+        irrep: Irrep,
+        in_features: int,
+        out_features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.algebra = irrep.endomorphism_dim
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(self.algebra * out_features, in_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with variance ``1 / (e * in_features)``."""
+        nn.init.normal_(self.weight, std=1.0 / math.sqrt(self.algebra * max(self.in_features, 1)))
+
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds for an input ``(..., d, in_features)``."""
+        return math.prod(shapes[0][:-1]) * self.weight.numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return algebra_product(x, self.weight, self.algebra)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, algebra={self.algebra}"
+
+
+class Linear(FixedTensors):
     """The general equivariant linear map between two Reps: block-diagonal over the irreps (Schur's lemma).
 
-    For an irrep with endomorphism algebra of dimension ``e`` (1, 2 or 4) the block is ``sum_k J_k (x) W_k``. It is
-    stored as one 2-D parameter ``weight_<irrep>`` of shape ``(e * m_out, m_in)``, the ``W_k`` below each other; irreps
-    that are absent on one side have none. The bias has one entry per trivial output channel.
-    Source: Bökman et al., arXiv 2502.05169, section 3.
+    Every irrep that both sides have is a child module of the irrep's name: an ``nn.Linear`` from its multiplicity in
+    the input to that in the output where its type is real, an :class:`AlgebraLinear` otherwise. The trivial irrep's
+    child alone has a bias. Whatever adapts, quantises or watches ``nn.Linear`` finds the children, and the map stays
+    equivariant. Source: Bökman et al., arXiv 2502.05169, section 3.
+
+    Each side is ordered by irreps (the residual stream), in the group's own basis (``|G|`` copies of ``n`` channels
+    that the group permutes; for pointwise functions and heads), or by heads that share every irrep. A side in the
+    group's basis needs a multiple of the regular representation. Where the group's Fourier transform is made of
+    additions, its factors live in the weights: a child's weights are ``gain(irrep)`` times those of the map between
+    orthonormal bases.
 
     Initialised so that inputs of variance 1 give outputs of variance 1.
 
     Args:
         in_rep: type of the input axis.
-        out_rep: type of the output axis; irreps that the input lacks are zero in the output.
+        out_rep: type of the output axis (of each section); irreps that the input lacks are zero in the output.
         bias: whether to add a bias on the trivial irrep.
+        in_order: order of the input axis.
+        out_order: order of the output axis.
+        sections: outputs of type ``out_rep`` behind each other, such as queries, keys and values.
+        num_heads: heads, where a side is ordered by heads.
         device: where the parameters are made.
         dtype: dtype of the parameters.
 
     Raises:
-        ValueError: if the two Reps belong to different groups.
+        ValueError: if the two Reps belong to different groups, or an order does not fit its Rep.
 
-    Shape: ``(..., in_rep.dim)`` to ``(..., out_rep.dim)``.
+    Shape: ``(..., in_rep.dim)`` to ``(..., sections * out_rep.dim)``.
     """
+
+    _version = 2
+    fourier: Tensor
 
     def __init__(
         self,
@@ -46,108 +109,145 @@ class Linear(nn.Module):
         out_rep: Rep,
         bias: bool = True,
         *,
+        in_order: OrderName = "irreps",
+        out_order: OrderName = "irreps",
+        sections: int = 1,
+        num_heads: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if in_rep.group != out_rep.group:
             raise ValueError(f"in_rep={in_rep!r} and out_rep={out_rep!r} belong to different groups")
+        for side, rep, order in (("in", in_rep, in_order), ("out", out_rep, out_order)):
+            if order == "group" and not rep.regular_copies:
+                raise ValueError(
+                    f"{side}_rep={rep!r} is not a multiple of the regular representation, "
+                    f"which {side}_order='group' needs"
+                )
         self.in_rep = in_rep
         self.out_rep = out_rep
-        self._weight_names: list[str | None] = []
-        for irrep, m_in, m_out in zip(in_rep.group.irreps, in_rep.multiplicities, out_rep.multiplicities, strict=True):
-            name = f"weight_{irrep.name}" if m_in and m_out else None
-            if name is not None:
-                shape = (irrep.endomorphism_dim * m_out, m_in)
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-            self._weight_names.append(name)
-        has_bias = bias and out_rep.multiplicities[0] > 0
-        self.bias = (
-            nn.Parameter(torch.empty(out_rep.multiplicities[0], device=device, dtype=dtype)) if has_bias else None
-        )
+        self.in_order = Order(in_order, num_heads=num_heads)
+        self.out_order = Order(out_order, sections, num_heads)
+        self._in_layout, self._out_layout = layout_of(in_rep), layout_of(out_rep)
+        self._irreps: list[str | None] = []
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        pairs = zip(in_rep.group.irreps, in_rep.multiplicities, out_rep.multiplicities, strict=True)
+        for i, (irrep, m_in, m_out) in enumerate(pairs):
+            has_bias = i == 0 and bias and m_out > 0
+            present = m_out > 0 and (m_in > 0 or has_bias)
+            self._irreps.append(irrep.name if present else None)
+            if present and irrep.type == "real":
+                self.add_module(irrep.name, _uninitialised_linear(m_in, sections * m_out, has_bias, device, dtype))
+            elif present:
+                self.add_module(irrep.name, AlgebraLinear(irrep, m_in, sections * m_out, **dd))
+        bases = (in_order, out_order).count("group")
+        gains = zip(in_rep.group.irreps, self._in_layout.gains, strict=True)
+        self._gains = {irrep.name: gain**bases for irrep, gain in gains}
+        self.by_product = bases > 0 and self._in_layout.plan is None
+        if self.by_product:
+            self.fix("fourier", fourier_matrix(in_rep.group), device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights normal with variance ``1 / (e * m_in)``, bias 0."""
+        """Weights normal with variance ``gain^2 / (e * m_in)``, bias 0."""
+        self.init_weights(lambda weight, e: nn.init.normal_(weight, std=1.0 / math.sqrt(e * max(weight.shape[1], 1))))
+
+    @torch.no_grad()
+    def init_weights(self, init: Callable[[Tensor, int], object]) -> None:
+        """Set the weights of the map between orthonormal bases, and the bias to 0.
+
+        Args:
+            init: fills a matrix ``(e * m_out, m_in)`` in place, given it and e.
+        """
         for irrep, weight in self.weights():
-            nn.init.normal_(weight, std=1.0 / math.sqrt(irrep.endomorphism_dim * weight.shape[1]))
+            if weight.numel():
+                init(weight, irrep.endomorphism_dim)
+                gain = self.gain(irrep)
+                if gain != 1.0:
+                    weight.mul_(gain)
         if self.bias is not None:
-            nn.init.zeros_(self.bias)
+            self.bias.zero_()
+
+    def gain(self, irrep: Irrep) -> float:
+        """Factor of an irrep's weights (and bias) against those of the map between orthonormal bases."""
+        return self._gains[irrep.name]
 
     def weights(self) -> list[tuple[Irrep, Tensor]]:
-        """The weight of every irrep that has one."""
-        named = zip(self.in_rep.group.irreps, self._weight_names, strict=True)
-        return [(irrep, getattr(self, name)) for irrep, name in named if name is not None]
+        """The weight of every irrep that has one, shape ``(e * sections * m_out, m_in)``."""
+        named = zip(self.in_rep.group.irreps, self._irreps, strict=True)
+        return [(irrep, getattr(self, name).weight) for irrep, name in named if name is not None]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias on the trivial irrep, shape ``(sections * m_out,)``, or None."""
+        name = self._irreps[0]
+        return None if name is None else getattr(getattr(self, name), "bias", None)
 
     @property
     def macs_per_vector(self) -> int:
-        """MACs for one input vector: ``sum d * e * m_out * m_in``."""
-        return sum(irrep.dim * weight.numel() for irrep, weight in self.weights())
+        """MACs for one input vector: ``sum d * e * m_out * m_in``, transforms by matrix products included."""
+        own = sum(irrep.dim * weight.numel() for irrep, weight in self.weights())
+        return own + self._transform_macs()
+
+    def _transform_macs(self) -> int:
+        if not self.by_product:
+            return 0
+        order = self.in_rep.group.order
+        into = order * self.in_rep.dim if self.in_order.kind == "group" else 0
+        return into + (order * self.out_rep.dim * self.out_order.sections if self.out_order.kind == "group" else 0)
+
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds of the changes of basis by matrix products; the children count themselves."""
+        return math.prod(shapes[0][:-1]) * self._transform_macs()
+
+    def maps(self) -> Maps | None:
+        """Weights and biases of all irreps for a kernel, or None where a child is missing, watched or replaced."""
+        found: list[tuple[Tensor | None, Tensor | None]] = []
+        if not is_bare(self, Linear):
+            return None
+        for name in self._irreps:
+            child = None if name is None else getattr(self, name)
+            if child is None or not (is_bare(child, nn.Linear) or is_bare(child, AlgebraLinear)):
+                return None
+            found.append((child.weight, getattr(child, "bias", None)))
+        return tuple(found)
 
     def forward(self, x: Tensor) -> Tensor:
-        return join(self.forward_blocks(split(x, self.in_rep)))
+        check_axis(x, self.in_rep.dim, repr(self.in_rep))
+        fourier = self.fourier if self.by_product else None
+        blocks = read(x, self._in_layout, self.in_order, fourier)
+        outputs = [
+            _absent(block, span.multiplicity * self.out_order.sections) if name is None else getattr(self, name)(block)
+            for name, block, span in zip(self._irreps, blocks, self._out_layout.spans, strict=True)
+        ]
+        return write(outputs, self._out_layout, self.out_order, fourier)
 
-    def forward_blocks(
-        self,
-        blocks: Sequence[Tensor],
-        input_scales: Sequence[float] | None = None,
-        output_scales: Sequence[float] | None = None,
-    ) -> list[Tensor]:
-        """The same map on a feature that is taken apart: ``(..., d, m_in)`` per irrep to ``(..., d, m_out)``.
-
-        Args:
-            blocks: one tensor per irrep.
-            input_scales: a factor per irrep that the input is multiplied with; the matrix product takes it for free.
-            output_scales: likewise for the output, bias included.
-        """
-        outputs = []
-        ones = [1.0] * len(blocks)
-        inner, outer = input_scales or ones, output_scales or ones
-        for i, (irrep, x) in enumerate(zip(self.in_rep.group.irreps, blocks, strict=True)):
-            name = self._weight_names[i]
-            bias = self.bias if i == 0 else None
-            if name is not None:
-                outputs.append(_schur_block(x, getattr(self, name), irrep, bias, inner[i], outer[i]))
-            else:
-                zeros = x.new_zeros((*x.shape[:-1], self.out_rep.multiplicities[i]))
-                outputs.append(zeros if bias is None else zeros + bias * outer[i])
-        return outputs
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes the names of version 1 as well: ``weight_<irrep>`` and ``bias``, between orthonormal bases."""
+        for irrep, _ in self.weights():
+            for old, new in ((f"weight_{irrep.name}", f"{irrep.name}.weight"), ("bias", f"{irrep.name}.bias")):
+                trivial = irrep is self.in_rep.group.irreps[0]
+                if prefix + old in state_dict and prefix + new not in state_dict and (trivial or old != "bias"):
+                    state_dict[prefix + new] = state_dict.pop(prefix + old) * self.gain(irrep)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         count = sum(p.numel() for p in self.parameters())
-        return f"{self.in_rep} -> {self.out_rep}, {count} parameters, bias={self.bias is not None}"
+        orders = "" if self.in_order.kind == self.out_order.kind == "irreps" else (
+            f", {self.in_order.kind} -> {self.out_order.kind}"
+        )
+        sections = "" if self.out_order.sections == 1 else f"{self.out_order.sections} x "
+        return f"{self.in_rep} -> {sections}{self.out_rep}{orders}, {count} parameters, bias={self.bias is not None}"
 
 
-def _schur_block(x: Tensor, weight: Tensor, irrep: Irrep, bias: Tensor | None, inner: float, outer: float) -> Tensor:
-    """``outer * (inner * W x + bias)`` for one irrep's block: ``(..., d, m_in)`` to ``(..., d, m_out)``."""
-    e = irrep.endomorphism_dim
-    m_out = weight.shape[0] // e
-    if e == 1:
-        flat = _product(x.reshape(-1, x.shape[-1]), weight, bias, inner * outer, outer)
-        return flat.view(*x.shape[:-1], m_out)
-    # Rows come as (algebra element, copy); the algebra's elements join the multiplicities in one larger product.
-    copies = irrep.regular_multiplicity
-    rows = x.unflatten(-2, (e, copies)).transpose(-3, -2).flatten(-2)  # (..., copies, e * m_in)
-    wide = algebra_weight(weight.unflatten(0, (e, m_out)))
-    out = _product(rows.reshape(-1, rows.shape[-1]), wide, None, inner * outer, outer).view(*rows.shape[:-1], e * m_out)
-    return out.unflatten(-1, (e, m_out)).transpose(-3, -2).flatten(-3, -2)
+def _absent(block: Tensor, width: int) -> Tensor:
+    """The output of an irrep that the input lacks: zeros."""
+    return F.pad(block[..., :0], (0, width))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """``alpha * x W^T + beta * bias`` for a matrix ``x``."""
-    if alpha == 1.0 and beta == 1.0:
-        return F.linear(x, weight, bias)
-    if x.is_cuda:  # cuBLAS adds a bias for free only without factors
-        return F.linear(x, weight * alpha, None if bias is None else bias * beta)
-    if bias is None:  # with beta = 0 the first argument is not read
-        return torch.addmm(x.new_zeros(1), x, weight.t(), beta=0.0, alpha=alpha)
-    return torch.addmm(bias, x, weight.t(), beta=beta, alpha=alpha)
-
-
-def algebra_weight(weights: Tensor) -> Tensor:
-    """``sum_k U_k (x) W_k`` for the algebra's units ``U_k``: ``(e, m_out, m_in)`` to ``(e * m_out, e * m_in)``."""
-    rows = [
-        torch.cat([weights[k] if sign > 0 else -weights[k] for k, sign in row], dim=1)
-        for row in _ALGEBRA_TABLES[weights.shape[0]]
-    ]
-    return torch.cat(rows)
+def _uninitialised_linear(
+    in_features: int, out_features: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Linear:
+    device = torch.get_default_device() if device is None else device
+    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=device, dtype=dtype)

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from timm.layers import Mlp as PlainMlp
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from equiflop.groups import Rep
-from equiflop.nn.activation import FourierActivation
-from equiflop.nn.blocks import compiled_for_gpu, join, split
+from equiflop.kernels import layout_of
+from equiflop.kernels.branch import Mlp as MlpParts
+from equiflop.kernels.watched import is_bare
 from equiflop.nn.dropout import Dropout
 from equiflop.nn.linear import Linear
 
-#: Without gradients a CPU computes hidden features beyond so many bytes in parts of the batch: the C library gives
-#: large tensors back to the system after every layer, and gets them again page by page.
-_LARGE_BYTES = 25_000_000
-#: Size of the parts, which stay in the processor's caches.
-_PART_BYTES = 5_000_000
 
+class Mlp(PlainMlp):
+    """timm's ``Mlp`` whose linear maps lead from irreps into the group's basis and back.
 
-class Mlp(nn.Module):
-    """Linear, Fourier activation, linear.
+    In between the group only permutes, so that the activation is a plain module on a plain tensor. That is the Fourier
+    activation of Bökman et al., arXiv 2502.05169, section 3, the transforms taken over by the linear maps.
 
     Args:
         rep: type of the feature axis.
         hidden_rep: type of the hidden axis; a multiple of the regular representation.
-        act: the pointwise function; GELU by default.
+        act: the pointwise function, a module or any elementwise callable; GELU by default.
         bias: whether both linear maps have a bias (on the trivial irrep).
         drop: dropout after the activation and after the output.
         device: where the parameters are made.
@@ -50,44 +49,38 @@ class Mlp(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(1, act_layer=nn.Identity, bias=False, device="meta")
         self.rep = rep
-        self.fc1 = Linear(rep, hidden_rep, bias=bias, device=device, dtype=dtype)
-        self.act = FourierActivation(hidden_rep, act, device=device, dtype=dtype)
-        self.drop1 = Dropout(hidden_rep, drop)
-        self.fc2 = Linear(hidden_rep, rep, bias=bias, device=device, dtype=dtype)
+        self.fc1 = Linear(rep, hidden_rep, bias=bias, out_order="group", **dd)
+        self.act = nn.GELU() if act is None else act if isinstance(act, nn.Module) else Pointwise(act)
+        self.drop1 = Dropout(hidden_rep, drop, order="group")
+        self.fc2 = Linear(hidden_rep, rep, bias=bias, in_order="group", **dd)
         self.drop2 = Dropout(rep, drop)
 
+    def parts(self) -> MlpParts | None:
+        """What a kernel needs, or None where the modules have to be called."""
+        if not (is_bare(self, Mlp) and is_bare(self.norm, nn.Identity) and is_bare(self.act, type(self.act))):
+            return None
+        if not all(is_bare(drop, Dropout) and (drop.p == 0.0 or not drop.training) for drop in (self.drop1, self.drop2)):
+            return None
+        fc1, fc2 = self.fc1, self.fc2
+        first, second = (fc.maps() if isinstance(fc, Linear) else None for fc in (fc1, fc2))
+        if first is None or second is None:
+            return None
+        return MlpParts(first, self.act, second, layout_of(fc1.out_rep))
+
+
+class Pointwise(nn.Module):
+    """An elementwise callable as a module.
+
+    Args:
+        function: the callable.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
     def forward(self, x: Tensor) -> Tensor:
-        count = self._parts(x)
-        if count == 1:
-            return self._forward(x)
-        return torch.cat([self._forward(part) for part in x.tensor_split(count)])
-
-    def _parts(self, x: Tensor) -> int:
-        """Into how many parts the batch is cut; 1 where its size is a symbol."""
-        if torch.is_grad_enabled() or self.training or x.device.type != "cpu" or torch.compiler.is_exporting():
-            return 1
-        if torch.compiler.is_compiling() and not _is_constant(x.shape[0]):
-            return 1
-        hidden_bytes = x.numel() // self.rep.dim * self.fc1.out_rep.dim * x.element_size()
-        return min(x.shape[0], -(-hidden_bytes // _PART_BYTES)) if hidden_bytes > _LARGE_BYTES else 1
-
-    def _forward(self, x: Tensor) -> Tensor:
-        # A compiler for GPUs fuses the factors with the activation; elsewhere the matrix products take them for free.
-        inside = compiled_for_gpu(x)
-        scales = None if inside else self.act.irrep_scales
-        blocks = self.fc1.forward_blocks(split(x, self.rep), output_scales=scales)
-        if inside:
-            blocks = self.act.scaled(self.act.forward_blocks(self.act.scaled(blocks)))
-        else:
-            blocks = self.act.forward_blocks(blocks, overwrite=True)
-        if self.training and self.drop1.p:
-            blocks = split(self.drop1(join(blocks)), self.fc1.out_rep)
-        return self.drop2(join(self.fc2.forward_blocks(blocks, input_scales=scales)))
-
-
-def _is_constant(size: int) -> bool:
-    """Whether a compiler takes a size for a number, not a symbol: then it knows its bounds and its parity."""
-    odd = statically_known_true(size % 2 == 1)
-    return statically_known_true(size < 2**31) and (odd or statically_known_true(size % 2 == 0))
+        return self.function(x)

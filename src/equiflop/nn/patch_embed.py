@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from equiflop.grids import ImageGroup
 from equiflop.groups import Rep
+from equiflop.nn.checks import check_divisible, check_images
 from equiflop.nn.grid import GridTransform
 from equiflop.nn.linear import Linear
 from equiflop.warnings import EquiflopWarning
@@ -93,9 +94,11 @@ class PatchEmbed(nn.Module):
 
         The published code scales the output, bias included, by ``sqrt(1/2)``; the bound of the bias follows it.
         """
-        for _, weight in self.proj.weights():
+        def uniform(weight: Tensor, algebra: int) -> None:
             bound = 1.0 / math.sqrt(weight.shape[1])
             nn.init.uniform_(weight, -bound, bound)
+
+        self.proj.init_weights(uniform)
         if self.proj.bias is not None:
             bound = 1.0 / math.sqrt(self.in_chans * math.prod(self.patch_size))
             nn.init.uniform_(self.proj.bias, -bound, bound)
@@ -114,7 +117,7 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"patch_size={patch_size} cannot replace {self.patch_size}; build a new model for it")
         if img_size is not None:
             height, width = to_2tuple(img_size)
-            self._check_divisible(height, width)
+            check_divisible(height, width, self.patch_size)
             self.img_size = (height, width)
             self.grid_size = self.dynamic_feat_size((height, width))
             self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -128,25 +131,9 @@ class PatchEmbed(nn.Module):
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        if self.strict_img_size:
-            if (height, width) != self.img_size:
-                raise ValueError(
-                    f"input of {height}x{width} pixels does not match img_size {self.img_size[0]}x{self.img_size[1]}; "
-                    "call set_input_size or build the model with dynamic_img_size=True"
-                )
-        else:
-            self._check_divisible(height, width)
+        check_images(x, self.in_chans, self.img_size if self.strict_img_size else None, self.patch_size)
         p_height, p_width = self.patch_size
         patches = x.unflatten(-1, (-1, p_width)).unflatten(-3, (-1, p_height))  # B, C, rows, p, columns, p
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3, 4)  # B, rows, columns, pixels, C
         tokens = self.proj(self.transform(patches).flatten(-2))
         return tokens if self.output_fmt == Format.NHWC else tokens.flatten(1, 2)
-
-    def _check_divisible(self, height: int, width: int) -> None:
-        for side, pixels, patch in (("height", height, self.patch_size[0]), ("width", width, self.patch_size[1])):
-            if pixels % patch or pixels < patch:
-                fits = max(pixels // patch, 1) * patch
-                raise ValueError(
-                    f"image {side} {pixels} is not a multiple of the patch {side} {patch}; use {fits} or {fits + patch}"
-                )

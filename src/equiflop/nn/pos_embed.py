@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equiflop.grids import ImageGroup, field_tables
 from equiflop.groups import Irrep, Rep
-from equiflop.nn.blocks import split
+from equiflop.kernels import layout_of, split
 from equiflop.nn.fixed import FixedTensors
 
 
@@ -111,7 +111,7 @@ class PositionEmbedding(FixedTensors):
         Args:
             field: shape ``(rows * columns, rep.dim)`` on this module's grid.
         """
-        for (irrep, rows), block in zip(self._blocks(), split(field, self.rep), strict=True):
+        for (irrep, rows), block in zip(self._blocks(), split(field, layout_of(self.rep)), strict=True):
             if not rows:
                 continue
             index, coefficients, _ = field_tables(self.group, irrep, self.grid_size)
@@ -184,7 +184,7 @@ def act_on_channels(rep: Rep, a: int, x: Tensor) -> Tensor:
 def _act(rep: Rep, matrices: Sequence[list[list[float]]], x: Tensor) -> Tensor:
     """Apply one matrix per irrep to the rows of its block."""
     parts = []
-    for matrix, part in zip(matrices, split(x, rep), strict=True):
+    for matrix, part in zip(matrices, split(x, layout_of(rep)), strict=True):
         rows = part.unbind(-2)
         for coefficients in matrix:
             terms = [row if c == 1.0 else row * c for c, row in zip(coefficients, rows, strict=True) if c]

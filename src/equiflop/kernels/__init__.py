@@ -1,0 +1,13 @@
+"""Operations that are executed in more than one way: a reference that reads like the mathematics, and faster variants.
+
+``choose.TABLE`` lists every operation with its variants and the conditions under which each is taken. With
+``kernels.reference()``, or the environment variable ``EQUIFLOP_KERNELS=reference``, the references alone are used. Here
+stands all that is known of devices, dtypes, compilers and bytes; the layers above hold tensors and group theory.
+"""
+
+from equiflop.kernels.choose import TABLE, Variant, reference
+from equiflop.kernels.layout import Layout, join, layout_of, split
+from equiflop.kernels.orders import Order
+from equiflop.kernels.watched import is_bare
+
+__all__ = ["TABLE", "Layout", "Order", "Variant", "is_bare", "join", "layout_of", "reference", "split"]

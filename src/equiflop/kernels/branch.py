@@ -1,0 +1,219 @@
+"""A residual branch of a transformer in one piece: norm, attention or MLP, layer scale, and the sum with the input.
+
+The reference is the branch's own modules, called one after the other (``equiflop.nn.residual``). The kernels here keep
+the irreps side by side, as lanes of one length, from the norm to the sum: a compiler then makes plain loops of them,
+and without one no tensor is stacked or joined but for the products. They are taken where nobody watches the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equiflop.kernels import norm as norms
+from equiflop.kernels import schur
+from equiflop.kernels.choose import TABLE, Variant, choose, is_constant, is_eager, is_traced_for_kernels, may_overwrite
+from equiflop.kernels.layout import Layout, per_channel, per_lane, to_lanes
+
+#: Without gradients a CPU computes hidden features beyond so many bytes in parts of the batch: the C library gives
+#: large tensors back to the system after every layer, and gets them again page by page.
+LARGE_BYTES = 25_000_000
+#: Size of the parts, which stay in the processor's caches.
+PART_BYTES = 5_000_000
+
+
+class Mlp(NamedTuple):
+    """Linear map into the group's basis, pointwise function, linear map back."""
+
+    fc1: schur.Maps
+    act: Callable[[Tensor], Tensor]
+    fc2: schur.Maps
+    hidden: Layout
+
+
+class Attention(NamedTuple):
+    """Self-attention with heads that share every irrep ("coupled") or that the group permutes ("regular")."""
+
+    qkv: schur.Maps
+    proj: schur.Maps
+    num_heads: int
+    heads: Literal["coupled", "regular"]
+    fused: bool
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+
+
+class Parts(NamedTuple):
+    """What a residual branch consists of.
+
+    Attributes:
+        norm: what comes first; None for nothing.
+        body: attention or MLP.
+        scale: layer scale per (irrep, multiplicity); None for none.
+        keep: stochastic depth: a factor per sample that broadcasts; None for none.
+        residual: whether the input is added.
+    """
+
+    norm: norms.Norm | norms.Affine | None
+    body: Mlp | Attention
+    scale: Tensor | None
+    keep: Tensor | None
+    residual: bool
+
+
+def branch(x: Tensor, layout: Layout, parts: Parts) -> Tensor | None:
+    """``x + keep * scale * body(norm(x))`` for ``x`` of shape ``(B, N, dim)``, or None where no kernel applies."""
+    kernel = choose("branch", x, layout, parts)
+    return None if kernel is None else kernel(x, layout, parts)
+
+
+def _by_lanes(x: Tensor, layout: Layout, parts: Parts) -> Tensor:
+    """All irreps side by side, from the norm to the sum."""
+    lanes = to_lanes(x, layout)
+    out = _body(_norm_on_lanes(lanes, layout, parts.norm), layout, parts.body, overwrite=False)
+    if parts.scale is not None:
+        out = [lane * factor for lane, factor in zip(out, per_lane(parts.scale, layout), strict=True)]
+    if parts.keep is not None:
+        out = [lane * parts.keep for lane in out]
+    return torch.cat([a + b for a, b in zip(lanes, out, strict=True)] if parts.residual else out, dim=-1)
+
+
+def _eager(x: Tensor, layout: Layout, parts: Parts) -> Tensor:
+    """Norm and sum on the whole axis, in few passes; the lanes of the body overwritten where nothing needs them."""
+    normal = _norm(x, layout, parts.norm)
+    out = torch.cat(_body(to_lanes(normal, layout), layout, parts.body, may_overwrite(x)), dim=-1)
+    scale = None if parts.scale is None else per_channel(parts.scale, layout)
+    if parts.residual and parts.keep is None and scale is not None and x.dtype == out.dtype == scale.dtype:
+        return torch.addcmul(x, out, scale)
+    if scale is not None:
+        out = out * scale
+    if parts.keep is not None:
+        out = out * parts.keep
+    return x + out if parts.residual else out
+
+
+def _in_parts(x: Tensor, layout: Layout, parts: Parts) -> Tensor:
+    """A branch with an MLP, computed for a part of the batch after the other."""
+    run = _by_lanes if torch.compiler.is_compiling() else _eager
+    return torch.cat([run(part, layout, parts) for part in x.tensor_split(_count(x, layout, parts))])
+
+
+def _count(x: Tensor, layout: Layout, parts: Parts) -> int:
+    """Into how many parts the batch is cut; 1 where its size is a symbol."""
+    body = parts.body
+    if not isinstance(body, Mlp) or x.device.type != "cpu" or not may_overwrite(x) or parts.keep is not None:
+        return 1
+    if torch.compiler.is_compiling() and not is_constant(x.shape[0]):
+        return 1
+    hidden_bytes = x.numel() // layout.dim * body.hidden.dim * x.element_size()
+    return min(x.shape[0], -(-hidden_bytes // PART_BYTES)) if hidden_bytes > LARGE_BYTES else 1
+
+
+def _body(lanes: list[Tensor], layout: Layout, body: Mlp | Attention, overwrite: bool) -> list[Tensor]:
+    if isinstance(body, Mlp):
+        return _mlp(lanes, layout, body, overwrite)
+    return _attention(lanes, layout, body)
+
+
+def _norm(x: Tensor, layout: Layout, norm: norms.Norm | norms.Affine | None) -> Tensor:
+    if isinstance(norm, norms.Norm):
+        return norms.layer_norm(x, layout, norm)
+    return x if norm is None else norms.affine(x, layout, norm)
+
+
+def _norm_on_lanes(
+    lanes: Sequence[Tensor], layout: Layout, norm: norms.Norm | norms.Affine | None
+) -> list[Tensor]:
+    if isinstance(norm, norms.Norm):
+        return norms.on_lanes(lanes, layout, norm)
+    return list(lanes) if norm is None else norms.affine_on_lanes(lanes, layout, norm.weight, norm.bias)
+
+
+def _mlp(lanes: Sequence[Tensor], layout: Layout, mlp: Mlp, overwrite: bool) -> list[Tensor]:
+    plan, copies = mlp.hidden.plan, mlp.hidden.copies
+    assert plan is not None and copies is not None and layout.copies is not None
+    rows = schur.cut_all(schur.on_lanes(lanes, layout, mlp.fc1), copies)
+    if overwrite:
+        values = plan.synthesise_(rows)
+        for i, value in enumerate(values):
+            if type(mlp.act) is nn.GELU:
+                torch.ops.aten.gelu_(value, approximate=mlp.act.approximate)
+            else:
+                values[i] = mlp.act(value)
+        hidden = plan.analyse_(values)
+    else:
+        hidden = plan.analyse([mlp.act(value) for value in plan.synthesise(rows)])
+    return schur.cut_all(schur.on_lanes(hidden, mlp.hidden, mlp.fc2), layout.copies)
+
+
+def _attention(lanes: Sequence[Tensor], layout: Layout, attention: Attention) -> list[Tensor]:
+    assert layout.copies is not None
+    q, k, v = _to_heads(schur.on_lanes(lanes, layout, attention.qkv), layout, attention)
+    heads = _from_heads(_attend(q, k, v, attention), layout, attention)
+    return schur.cut_all(schur.on_lanes(heads, layout, attention.proj), layout.copies)
+
+
+def _to_heads(rows: Sequence[Tensor], layout: Layout, attention: Attention) -> tuple[Tensor, ...]:
+    """Rows ``(B, N, 3 m)`` to queries, keys and values, each ``(B, heads, N, dim / heads)``."""
+    batch, tokens = rows[0].shape[:2]
+    if attention.heads == "coupled":
+        parts = [row.view(batch, tokens, 3, attention.num_heads, -1) for row in rows]
+        qkv = torch.cat(parts, dim=-1)
+    else:
+        plan = layout.plan
+        assert plan is not None
+        assert layout.copies is not None
+        lanes = schur.cut_all([row.view(batch, tokens, 3, -1) for row in rows], layout.copies)
+        per_copy = attention.num_heads // layout.order
+        copies = [lane.unflatten(-1, (per_copy, -1)) for lane in plan.synthesise(lanes)]
+        qkv = torch.cat(copies, dim=3)
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    if attention.fused or attention.attn_mask is not None or attention.is_causal:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attention.attn_mask, is_causal=attention.is_causal)
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+def _from_heads(x: Tensor, layout: Layout, attention: Attention) -> list[Tensor]:
+    """``(B, heads, N, dim / heads)`` to lanes ``(B, N, copies)``."""
+    x = x.transpose(1, 2)  # B, N, heads, channels
+    if attention.heads == "coupled":
+        assert layout.copies is not None
+        lanes: list[Tensor] = []
+        for span in layout.spans:
+            width = span.multiplicity // attention.num_heads
+            start = span.start // attention.num_heads
+            for i in range(span.dim):
+                row = x[..., start + i * width : start + (i + 1) * width].flatten(2)
+                lanes += schur.cut(row, layout.copies)
+        return lanes
+    assert layout.plan is not None
+    per_copy = attention.num_heads // layout.order
+    return layout.plan.analyse([x[:, :, k * per_copy : (k + 1) * per_copy].flatten(2) for k in range(layout.order)])
+
+
+def _fits(x: Tensor, layout: Layout, parts: Parts) -> bool:
+    """Whether everything is made of lanes: regular types, transforms by additions, no irrep missing."""
+    if layout.copies is None:
+        return False
+    if isinstance(parts.body, Mlp):
+        return parts.body.hidden.plan is not None
+    return parts.body.heads == "coupled" or layout.plan is not None
+
+
+TABLE["branch"] = (
+    Variant(
+        "parts",
+        lambda *args: _fits(*args) and (is_traced_for_kernels() or is_eager(args[0])) and _count(*args) > 1,
+        _in_parts,
+        "MLP with more than 25 MB of hidden features, CPU, no gradients, batch of known size",
+    ),
+    Variant("lanes", lambda *args: _fits(*args) and is_traced_for_kernels(), _by_lanes, "torch.compile"),
+    Variant("eager", lambda *args: _fits(*args) and is_eager(args[0]), _eager, "eager, on tensors with numbers"),
+)

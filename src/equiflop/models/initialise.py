@@ -1,0 +1,41 @@
+"""How networks start: linear maps as published, or every layer by its own rule."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from equiflop.nn import Linear
+
+
+def init_linear(linear: nn.Module, std: float = 0.02) -> None:
+    """Weights truncated normal (for an equivariant map between orthonormal bases), bias 0."""
+    if isinstance(linear, Linear):
+        linear.init_weights(lambda weight, algebra: nn.init.trunc_normal_(weight, std=std))
+    elif isinstance(linear, nn.Linear):
+        nn.init.trunc_normal_(linear.weight, std=std)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
+def init_linears(module: nn.Module, skip: Collection[str] = (), std: float = 0.02) -> None:
+    """:func:`init_linear` for all linear maps inside, but for those in the children named in ``skip``."""
+    for name, child in module.named_children():
+        if name in skip:
+            continue
+        if isinstance(child, (Linear, nn.Linear)):
+            init_linear(child, std)
+        else:
+            init_linears(child, std=std)
+
+
+def reset_all(module: nn.Module) -> None:
+    """Every layer by its own ``reset_parameters``; a layer that has one answers for what is inside it."""
+    for child in module.children():
+        reset = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        else:
+            reset_all(child)
+
