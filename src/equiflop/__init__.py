@@ -7,7 +7,7 @@ from equiflop import convert, groups, models, nn
 from equiflop.checking import CheckReport, check
 from equiflop.counting import macs
 from equiflop.grids import ImageGroup
-from equiflop.groups import FiniteGroup, Rep
+from equiflop.groups import Action, FiniteGroup, Rep
 from equiflop.inference import optimize_for_inference
 from equiflop.models import equivariant_models, plain_twin, twin
 from equiflop.warnings import EquiflopWarning
@@ -15,6 +15,7 @@ from equiflop.warnings import EquiflopWarning
 __version__ = "0.1.0"
 
 __all__ = [
+    "Action",
     "CheckReport",
     "EquiflopWarning",
     "FiniteGroup",
