@@ -101,8 +101,11 @@ def test_axes_of_another_length_are_refused(shape: tuple[int, ...]) -> None:
         (lambda: Action(flop(), 3.0), r"matrices has shape \(\)"),
         (lambda: Action(flop(), [[[1.0]], [[1.0, 2.0]]]), "matrices is no array of numbers"),
         (lambda: Action(flop(), [[["a"]], [["b"]]]), "matrices is no array of numbers"),
-        (lambda: Action(flop(), [[[1.0]], [[2.0]]]), r"matrices\[1\]=\[\[2.0\]\] is not orthogonal"),
-        (lambda: Action(flop(), [[[1.0]], [[np.nan]]]), r"matrices\[1\]=\[\[nan\]\] is not orthogonal"),
+        (
+            lambda: Action(flop(), [[[1.0]], [[2.0]]]),
+            r"the matrices of C2 are not orthogonal: matrices\[1\]=\[\[2.0\]\]",
+        ),
+        (lambda: Action(flop(), [[[1.0]], [[np.nan]]]), r"not orthogonal: matrices\[1\]=\[\[nan\]\]"),
         (lambda: Action(flop(), [[[-1.0]], [[1.0]]]), r"do not multiply like the elements of C2: matrices\[0\] @"),
         (
             lambda: Action(cyclic(3), turns(3).matrices[[0, 1, 1]]),

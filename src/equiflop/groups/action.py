@@ -221,13 +221,15 @@ def _checked_matrices(group: FiniteGroup, matrices: Any) -> np.ndarray:
     products = array @ array.transpose(0, 2, 1)
     bad = np.flatnonzero(~(np.abs(products - np.eye(n)) <= _TOLERANCE).all(axis=(1, 2)))
     if bad.size:
-        raise ValueError(f"matrices[{bad[0]}]={array[bad[0]].tolist()} is not orthogonal, which an action needs")
+        raise ValueError(
+            f"the matrices of {group.name} are not orthogonal: matrices[{bad[0]}]={array[bad[0]].tolist()}"
+        )
     for a in range(group.order):
         wrong = np.flatnonzero(~(np.abs(array[a] @ array - array[group.table[a]]) <= _TOLERANCE).all(axis=(1, 2)))
         if wrong.size:
             b = int(wrong[0])
             raise ValueError(
-                f"matrices do not multiply like the elements of {group.name}: matrices[{a}] @ matrices[{b}] is not "
+                f"the matrices do not multiply like the elements of {group.name}: matrices[{a}] @ matrices[{b}] is not "
                 f"matrices[{group.table[a, b]}]"
             )
     return array
