@@ -45,7 +45,8 @@ def named_point_group(name: str) -> Action:
     """
     if name not in NAMED_POINT_GROUPS:
         raise ValueError(
-            f"group={name!r} is unknown; choose 'rotations', 'full' or a pair (FiniteGroup, matrices), or give an Action"
+            f"group={name!r} is unknown; choose 'rotations', 'full' or a pair (FiniteGroup, matrices), or give an "
+            "Action"
         )
     return NAMED_POINT_GROUPS[name]()
 
