@@ -331,8 +331,8 @@ class _Images:
                 "(feature_rep), so there is nothing to compare them with"
             )
         layout = str(getattr(self.model.output_fmt, "value", self.model.output_fmt))
-        if layout not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={layout!r} of features_only=True is not compared; use 'NCHW' or 'NHWC'")
+        if layout != "NCHW":
+            raise ValueError(f"output_fmt={layout!r} of features_only=True is not compared; use 'NCHW'")
         blocks = range(len(self.model.model.feature_info))
         indices = self.model.out_indices
         taken = blocks[-indices:] if isinstance(indices, int) else [blocks[i] for i in indices]
@@ -340,7 +340,7 @@ class _Images:
         for i, features in zip(taken, self.model(images), strict=True):
             rep = self._type_for(wrapped, wrapped.feature_rep(i))
             if rep is not None:
-                named[f"features {i}"] = (features if layout == "NCHW" else features.permute(0, 3, 1, 2), rep)
+                named[f"features {i}"] = (features, rep)
         return named
 
     def _output_type(self, rep: Rep | Action, output: Tensor) -> Rep | Action:
@@ -421,16 +421,19 @@ def _group_to_try(model: nn.Module, group: str | ImageGroup | None) -> ImageGrou
 
 
 def _own_input_size(model: nn.Module) -> tuple[int, ...]:
-    def own(part: Any) -> tuple[int, ...] | None:
+    def built_for(part: Any) -> tuple[int, ...] | None:
         for holder in (getattr(part, "patch_embed", None), getattr(part, "stem", None), part):
             size = getattr(holder, "img_size", None)
             if size is not None:
                 return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-        cfg = getattr(part, "pretrained_cfg", None) or {}
-        size = cfg.get("input_size") if isinstance(cfg, dict) else getattr(cfg, "input_size", None)
+        return None
+
+    def configured(part: Any) -> tuple[int, ...] | None:
+        cfg = getattr(part, "pretrained_cfg", None)
+        size = cfg.get("input_size") if isinstance(cfg, dict) else None
         return None if size is None else tuple(size)[-2:]
 
-    size = _found_in_parts(model, own)
+    size = _found_in_parts(model, built_for) or _found_in_parts(model, configured)
     if size is None:
         raise ValueError(
             f"input_size is not given, and neither {type(model).__name__} nor a part of it says one; give (height, "
