@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import equiflop
 from equiflop import CheckReport
 from equiflop.checking import randomize_parameters
+from equiflop.cli.check import command as check_command
 from small_vits import DESIGNS, small_vit
 
 GROUP_ORDERS = {"flop": 2, "updown": 2, "flips": 4, "rot4": 4, "octic": 8}
@@ -429,3 +431,17 @@ def test_randomised_parameters_are_of_order_one() -> None:
             assert parameter.min() >= 0.5 and parameter.max() <= 1.5, name
     logits = model(torch.randn(2, 3, 32, 32))
     assert 1e-2 < logits.abs().max() < 1e2
+
+
+@pytest.mark.parametrize("problem", ["output is nearly the same for all images, so that it says nothing", None])
+def test_command_ends_with_one_where_it_is_inconclusive(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"input_size": (32, 32), "batch_size": 2}
+    report = equiflop.check(small_vit(), **options)  # type: ignore[arg-type]
+    report = CheckReport(report.group, report.dtype, report.tolerance, report.rows, (problem,) if problem else ())
+    monkeypatch.setattr(equiflop, "check", lambda *args, **kwargs: report)
+    small = [f"--set={name}={value}" for name, value in (("depth", 1), ("embed_dim", 32), ("num_heads", 2))]
+    result = CliRunner().invoke(check_command, ["flop_deit3_tiny_patch16_224", *small])
+    assert result.exit_code == (1 if problem else 0), result.output
+    assert ("inconclusive: output is nearly the same for all images: largest" in result.output) == bool(problem)
+    as_json = CliRunner().invoke(check_command, ["flop_deit3_tiny_patch16_224", *small, "--json"])
+    assert json.loads(as_json.output)["verdict"] == ("inconclusive" if problem else "equivariant")
