@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import equiflop
 from equiflop import CheckReport
 from equiflop.checking import randomize_parameters
+from equiflop.cli.check import command as check_command
 from small_vits import DESIGNS, small_vit
 
 GROUP_ORDERS = {"flop": 2, "updown": 2, "flips": 4, "rot4": 4, "octic": 8}
@@ -229,6 +231,110 @@ def test_worthless_outputs_fail(model: type[nn.Module]) -> None:
     if model is not NotANumberWhenMirrored:
         assert len(report.problems) == 1 and report.problems[0].startswith("output is")
         assert f"problem: {report.problems[0]}" in str(report)
+    constant = model in (Constant, Zero, NearlyConstant)
+    assert report.verdict == ("inconclusive" if constant else "not equivariant") == report.as_dict()["verdict"]
+    last = str(report).splitlines()[-1]
+    if constant:
+        assert last.startswith("inconclusive: output is nearly the same for all images: largest relative error")
+        assert "NOT equivariant" not in str(report)
+    else:
+        assert last.startswith("NOT equivariant: largest relative error inf")
+
+
+def test_nearly_constant_and_not_equivariant() -> None:
+    """Small differences between images are no excuse for a large error."""
+
+    class Corner(Constant):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1.0 + 3e-4 * x[:, 0, :1, 0].tanh()
+
+    report = equiflop.check(Corner())
+    assert report.problems and report.verdict == "not equivariant" and 1e-5 < report.max_error < 1e-3
+
+
+def test_barely_trained_weights_are_inconclusive() -> None:
+    """What one epoch leaves: logits that hardly depend on the image."""
+    model = small_vit(dtype=torch.float64)
+    with torch.no_grad():
+        model.head.bias.fill_(1.0)
+        model.head.weight.mul_(1e-6)
+    report = equiflop.check(model, randomize=False)
+    assert report.verdict == "inconclusive" and not report.passed and report.max_error < report.tolerance
+    assert "inconclusive: output is nearly the same for all images" in str(report)
+
+
+@pytest.mark.parametrize("name", ["flop_deit3_small_patch16_224", "flop_resmlp_12_224", "flop_convnext_tiny"])
+@pytest.mark.parametrize("options", [{}, {"out_indices": (0, -1)}, {"out_indices": 1}])
+def test_features_only(name: str, options: dict[str, Any]) -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32}
+    sizes |= {"num_blocks": 4} if "resmlp" in name else {"depth": 4, "num_heads": 2}
+    sizes = {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)} if "convnext" in name else sizes
+    backbone = timm.create_model(name, features_only=True, **sizes, **options)
+    size = (64, 64) if "convnext" in name else None
+    report = equiflop.check(backbone.double(), input_size=size)
+    assert report.passed, str(report)
+    compared = {row.what for row in report.rows}
+    assert len(compared) == len(backbone.feature_info.channels()) and all("features" in what for what in compared)
+    inner = backbone.model
+    first = inner.stages[0] if "convnext" in name else inner.blocks[0]
+    first.register_forward_hook(lambda module, args, output: output.relu())
+    assert equiflop.check(backbone, input_size=size).verdict == "not equivariant"
+
+
+def test_features_that_say_nothing_of_themselves() -> None:
+    options: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    plain = timm.create_model("deit3_small_patch16_224", features_only=True, **options)
+    with pytest.raises(ValueError, match=r"model=VisionTransformer with features_only=True does not say how its feat"):
+        equiflop.check(plain)
+    with pytest.raises(ValueError, match="model=FeatureListNet returns a list, of which check knows no rule"):
+        equiflop.check(timm.create_model("resnet18", features_only=True), input_size=(64, 64))
+    backbone = timm.create_model("flop_deit3_small_patch16_224", features_only=True, **options)
+    flat = timm.models._features.FeatureGetterNet(backbone.model, output_fmt="NLC", out_indices=[3])
+    with pytest.raises(ValueError, match="output_fmt='NLC' of features_only=True is not compared; use 'NCHW'"):
+        equiflop.check(flat)
+    hybrid = timm.create_model("flop_hybrid_deit3_small_patch16_224", features_only=True, out_indices=(3,), **options)
+    assert "nothing was compared" in equiflop.check(hybrid).problems[0]
+
+
+@pytest.mark.parametrize("group", GROUP_ORDERS)
+def test_a_model_inside_another(group: str) -> None:
+    """Image size, channels and group are those that a part says."""
+    inner = small_vit(group=group, in_chans=1)
+    report = equiflop.check(nn.Sequential(inner, nn.Linear(inner.num_classes, 3)))
+    assert report.passed and report.group.name == group, str(report)
+    assert {row.what for row in report.rows} == {"output"}
+    assert not equiflop.check(nn.Sequential(inner, nn.Linear(inner.num_classes, 3)), tolerance=0.0).passed
+
+
+def test_unknown_input_size_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"input_size is not given, and neither Sequential nor a part of it says one"):
+        equiflop.check(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))
+    assert equiflop.check(timm.create_model("resnet18"), batch_size=2).verdict == "not equivariant"
+
+
+class Landmarks(nn.Module):
+    """One number for each of three places: the middle, the left and the right eye."""
+
+    img_size = 8
+
+    def __init__(self, output_rep: Any, swapped: bool = False) -> None:
+        super().__init__()
+        self.output_rep = output_rep
+        self.swapped = swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x.sum(-1), x[..., :4].sum(-1), x[..., 4:].sum(-1)]
+        return torch.stack([part.square().mean((1, 2)) for part in parts], 1)
+
+
+def test_output_channels_that_change_places() -> None:
+    eyes = equiflop.Action.permuting(equiflop.groups.cyclic(2), [(0, 1, 2), (0, 2, 1)])
+    stay = equiflop.Action.permuting(equiflop.groups.cyclic(2), [(0, 1, 2), (0, 1, 2)])
+    assert equiflop.check(Landmarks(eyes)).passed
+    assert equiflop.check(Landmarks(stay)).verdict == "not equivariant"
+    assert equiflop.check(Landmarks(None)).verdict == "not equivariant"
+    with pytest.raises(ValueError, match=r"output_rep=Action\(C2, order=2, dim=3\): check it with that|group='octic'"):
+        equiflop.check(Landmarks(eyes), group="octic")
 
 
 def test_an_invariant_function_passes() -> None:
@@ -325,3 +431,17 @@ def test_randomised_parameters_are_of_order_one() -> None:
             assert parameter.min() >= 0.5 and parameter.max() <= 1.5, name
     logits = model(torch.randn(2, 3, 32, 32))
     assert 1e-2 < logits.abs().max() < 1e2
+
+
+@pytest.mark.parametrize("problem", ["output is nearly the same for all images, so that it says nothing", None])
+def test_command_ends_with_one_where_it_is_inconclusive(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"input_size": (32, 32), "batch_size": 2}
+    report = equiflop.check(small_vit(), **options)  # type: ignore[arg-type]
+    report = CheckReport(report.group, report.dtype, report.tolerance, report.rows, (problem,) if problem else ())
+    monkeypatch.setattr(equiflop, "check", lambda *args, **kwargs: report)
+    small = [f"--set={name}={value}" for name, value in (("depth", 1), ("embed_dim", 32), ("num_heads", 2))]
+    result = CliRunner().invoke(check_command, ["flop_deit3_tiny_patch16_224", *small])
+    assert result.exit_code == (1 if problem else 0), result.output
+    assert ("inconclusive: output is nearly the same for all images: largest" in result.output) == bool(problem)
+    as_json = CliRunner().invoke(check_command, ["flop_deit3_tiny_patch16_224", *small, "--json"])
+    assert json.loads(as_json.output)["verdict"] == ("inconclusive" if problem else "equivariant")

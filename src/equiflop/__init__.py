@@ -3,11 +3,12 @@
 Importing it registers the models in timm, so ``timm.create_model("flop_deit3_base_patch16_224")`` works.
 """
 
-from equiflop import convert, groups, models, nn
+from equiflop import contract, convert, groups, models, nn
 from equiflop.checking import CheckReport, check
 from equiflop.counting import macs
-from equiflop.grids import ImageGroup
-from equiflop.groups import FiniteGroup, Rep
+from equiflop.equivariance import assert_equivariant
+from equiflop.groups import Action, FiniteGroup, Rep
+from equiflop.image_group import ImageGroup
 from equiflop.inference import optimize_for_inference
 from equiflop.models import equivariant_models, plain_twin, twin
 from equiflop.warnings import EquiflopWarning
@@ -15,12 +16,15 @@ from equiflop.warnings import EquiflopWarning
 __version__ = "0.1.0"
 
 __all__ = [
+    "Action",
     "CheckReport",
     "EquiflopWarning",
     "FiniteGroup",
     "ImageGroup",
     "Rep",
+    "assert_equivariant",
     "check",
+    "contract",
     "convert",
     "equivariant_models",
     "groups",

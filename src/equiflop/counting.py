@@ -83,10 +83,10 @@ COUNTERS: dict[type[nn.Module], Counter] = {
     enn.Attention: _equivariant_attention,
     enn.Mlp: _equivariant_mlp,
     PatchDecoder: lambda module, x: _vectors(x) * module.macs_per_token,  # its linear map is a module of its own
-    CirculantLinear: lambda module, x: x.shape[:-2].numel() * module.macs_per_signal,
-    GraphLinear: lambda module, nodes: nodes.shape[0] * module.macs(nodes.shape[1]),
-    SetLinear: lambda module, x: x.shape[0] * module.macs(x.shape[1]),
-    PointEmbed: lambda module, x: module.macs_of(x.shape[0], x.shape[1]),
+    CirculantLinear: lambda module, x: module.macs(x.shape),
+    GraphLinear: lambda module, nodes: module.macs(nodes.shape),
+    SetLinear: lambda module, x: module.macs(x.shape),
+    PointEmbed: lambda module, x: module.macs(x.shape),
 }
 
 
@@ -207,7 +207,7 @@ def _macs_of_operator(operator: Any, args: tuple[Any, ...], output: Any) -> int:
     if operator in (aten.mm, aten.bmm, aten.mv, aten.dot):
         real_products = 4 if output.is_complex() else 1
         return output.numel() * args[0].shape[-1] * real_products
-    if operator in (aten._fft_r2c, aten._fft_c2r):  # as CirculantLinear.macs_per_signal says
+    if operator in (aten._fft_r2c, aten._fft_c2r):  # as CirculantLinear.macs says
         signal = args[0] if operator is aten._fft_r2c else output
         lengths = [signal.shape[dim] for dim in args[1]]
         return signal.numel() * sum((n - 1).bit_length() for n in lengths)

@@ -84,7 +84,7 @@ def test_pickles(name: str) -> None:
     if name == "numerical":
         g: FiniteGroup = FiniteGroup.from_permutations([[1, 2, 0]])
     elif name.endswith(" image"):
-        g = image_group(name.removesuffix(" image"))
+        g = image_group(name.removesuffix(" image")).group
     else:
         g = group(name)
     rep = Rep.regular(g, 2)
@@ -119,5 +119,34 @@ def test_same_group_made_twice_is_equal() -> None:
     assert Rep(flop(), (1, 1)) == Rep(flop(), (1, 1))
     product = direct_product(flop(), flop())
     assert product == direct_product(flop(), flop())
-    assert image_group("flop") != image_group("updown")
-    assert Rep.regular(image_group("flop"), 1) != Rep.regular(image_group("updown"), 1)
+
+
+def test_a_rep_is_one_of_the_abstract_group() -> None:
+    """However the group acts on images: what a feature axis is made of does not depend on it."""
+    flop_images, updown = image_group("flop"), image_group("updown")
+    assert flop_images != updown
+    rep = Rep.regular(flop_images, 192)
+    assert rep == Rep.regular(updown, 192) == Rep.regular(flop(), 192) and rep.group == flop()
+    assert type(rep.group) is type(Rep(flop_images, (1, 0)).group) is FiniteGroup
+    assert str(rep) == "C2: 192 A + 192 B"
+    assert type(Rep.regular_of_dim(updown, 4).group) is type(Rep.trivial(updown, 4).group) is FiniteGroup
+    with pytest.raises(TypeError, match="group='flop' is not a group; give a FiniteGroup or an Action"):
+        Rep("flop", (1, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["C2", "C3", "D4", "A4", "Q8", "O"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_act_is_the_matrix(name: str, dtype: torch.dtype) -> None:
+    g = group(name)
+    rep = Rep(g, [i % 3 for i in range(len(g.irreps))])
+    x = torch.randn(2, rep.dim, 3, dtype=dtype)
+    for a in range(g.order):
+        expected = torch.einsum("ij,bjk->bik", rep.matrix(a), x.double())
+        found = rep.act(a, x, dim=1)
+        assert found.dtype == dtype and found.shape == x.shape
+        assert (found - expected).abs().max() < (1e-14 if dtype == torch.float64 else 1e-5)
+        assert torch.equal(rep.act(a, x.mT, dim=-1), found.mT)
+        assert torch.equal(rep.act(a, x[0, :, 0], 0), found[0, :, 0]) or dtype == torch.float32
+    with pytest.raises(ValueError, match=r"x has shape \(2, 5\); Rep\(C2: 1 A\) acts on 1 entries along axis -1"):
+        Rep(flop(), (1, 0)).act(0, torch.zeros(2, 5))
+    assert Rep(flop(), (0, 0)).act(1, torch.zeros(2, 0)).shape == (2, 0)

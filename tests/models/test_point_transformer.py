@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 import equiflop
+from equiflop import Action, assert_equivariant
 from equiflop.checking import randomize_parameters
+from equiflop.grids import named_image_group
 from equiflop.groups import FiniteGroup, Rep, cyclic, dihedral, fourier_matrix, octahedral, octahedral_rotations
 from equiflop.groups.named import full_octahedral, full_octahedral_matrices
 from equiflop.models.point_transformer import PlainPointTransformer, PointTransformer
@@ -41,7 +43,7 @@ def small_model(group: Any = "rotations", dtype: torch.dtype = torch.float64, **
 
 
 def moved(model: PointTransformer, a: int, clouds: Tensor) -> Tensor:
-    return clouds @ torch.from_numpy(model.matrices[a].copy()).to(clouds.dtype).T
+    return clouds @ torch.from_numpy(model.group.matrices[a].copy()).to(clouds.dtype).T
 
 
 def test_full_octahedral_group() -> None:
@@ -87,6 +89,40 @@ def test_order_place_and_size_do_not_matter(group: str) -> None:
     assert relative_error(model(7.0 * clouds + torch.tensor([1.0, -2.0, 3.0])), logits) < 1e-12
 
 
+@pytest.mark.parametrize("group", ["rotations", "full", quarter_turns()])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_check(group: Any, dtype: torch.dtype) -> None:
+    model = small_model(group, dtype)
+    report = equiflop.check(model)
+    assert report.passed and report.verdict == "equivariant" and report.dtype == dtype, str(report)
+    assert len(report.errors) == model.group.order and report.group == model.group
+    names = {"output", "embedded points", "features 0", "features 1", "normalised features"}
+    assert {row.what for row in report.rows} == names
+    assert equiflop.check(model, randomize=False).passed
+
+
+def test_check_finds_what_breaks_the_symmetry() -> None:
+    model = small_model()
+    model.blocks[0].register_forward_hook(lambda module, args, output: output.relu())
+    report = equiflop.check(model)
+    assert report.verdict == "not equivariant" and min(report.errors[1:]) > 1e-3 and report.errors[0] == 0.0
+    assert {row.what for row in report.rows if row.error > 1e-3} == {"output", "features 0", "features 1"} | {
+        "normalised features"
+    }
+    for argument, value in (("group", "octic"), ("input_size", (20, 3))):
+        with pytest.raises(ValueError, match=f"{argument}=.*PointTransformer says its own group and inputs; leave it"):
+            equiflop.check(model, **{argument: value})  # type: ignore[arg-type]
+
+
+def test_embedding_says_how_the_group_acts() -> None:
+    layer = PointEmbed(Action(octahedral(), octahedral_rotations()), 2, neighbours=4, dtype=torch.float64)
+    scramble(layer)
+    points = torch.randn(2, 9, 3, dtype=torch.float64)
+    assert_equivariant(layer, layer.in_rep, layer.out_rep, layer.in_rep, points)
+    with pytest.raises(AssertionError, match="not equivariant at element"):
+        assert_equivariant(layer, layer.in_rep, None, layer.in_rep, points)
+
+
 @torch.no_grad()
 def test_mirror_images_are_told_apart_by_the_rotations_alone() -> None:
     clouds = torch.randn(2, 20, 3, dtype=torch.float64)
@@ -102,8 +138,10 @@ def test_own_group_with_matrices() -> None:
     third = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     swap = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     turns = [np.linalg.matrix_power(third, k) for k in range(3)]
-    for group in (quarter_turns(), (dihedral(3), np.stack([*turns, *[swap @ turn for turn in turns]]))):
+    matrices = np.stack([*turns, *[swap @ turn for turn in turns]])
+    for group in (quarter_turns(), (dihedral(3), matrices), Action(dihedral(3), matrices, "about the diagonal")):
         model = small_model(group)
+        assert isinstance(model.group, Action) and model.rep.group == model.group.group
         clouds = torch.randn(2, 12, 3, dtype=torch.float64)
         for a in range(model.group.order):
             assert relative_error(model(moved(model, a, clouds)), model(clouds)) < 1e-12
@@ -118,7 +156,7 @@ def test_embedding_against_a_dense_construction(group: str) -> None:
         "full": (full_octahedral(), full_octahedral_matrices()),
     }
     g, matrices = named.get(group) or quarter_turns()
-    layer = PointEmbed(g, matrices, 2, hidden=3, neighbours=4, dtype=torch.float64)
+    layer = PointEmbed(Action(g, matrices), 2, hidden=3, neighbours=4, dtype=torch.float64)
     scramble(layer)
     points = torch.randn(2, 7, 3, dtype=torch.float64)
     expected = torch.zeros(2, 7, g.order, 2, dtype=torch.float64)
@@ -283,6 +321,12 @@ def test_errors() -> None:
         PointTransformer(5, group=(cyclic(4), 2.0 * quarter_turns()[1]))
     with pytest.raises(ValueError, match="group: the matrices do not multiply like the elements of C4"):
         PointTransformer(5, group=(cyclic(4), quarter_turns()[1][[0, 2, 1, 3]]))
+    with pytest.raises(ValueError, match=r"group=ImageGroup\(octic, order=8, dim=2\) acts on 2 coordinates"):
+        PointTransformer(5, group=named_image_group("octic"))
+    with pytest.raises(ValueError, match="acts on 2 coordinates; PointEmbed needs an action on 3"):
+        PointEmbed(named_image_group("octic"), 2)
+    with pytest.raises(TypeError, match=r"group=FiniteGroup\(O, order=24\) is none of 'rotations', 'full', an Action"):
+        PointTransformer(5, group=octahedral())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="neighbours=0 is not positive"):
         PointTransformer(5, neighbours=0)
     with pytest.raises(ValueError, match="neighbours=0 is not positive"):

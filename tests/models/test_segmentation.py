@@ -303,7 +303,7 @@ def test_output_rep_of_channels_that_transform() -> None:
     assert not equiflop.check(Gradient(None)).passed
     assert equiflop.check(Lean(odd)).passed
     assert not equiflop.check(Lean(None)).passed
-    with pytest.raises(ValueError, match=r"output_rep=Rep\(flop: 2 B\) does not describe an output of shape"):
+    with pytest.raises(ValueError, match=r"output_rep=Rep\(C2: 2 B\) does not describe an output of shape"):
         equiflop.check(Gradient(Rep(flop, [0, 2])))
     with pytest.raises(ValueError, match="group='octic' is not the group of the model's output_rep"):
         equiflop.check(Gradient(odd), group="octic")

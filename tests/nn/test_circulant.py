@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import equiflop
 from equiflop import Rep, macs
 from equiflop.groups import cyclic
 from equiflop.models.signal_network import SignalNetwork
@@ -137,7 +138,7 @@ def test_macs(n: int, log2: int) -> None:
     """Both transforms, and four real products for one complex one, as documented."""
     expected = (3 + 4) * n * log2 + 4 * (n // 2 + 1) * 3 * 4
     layer = CirculantLinear(n, 3, 4)
-    assert layer.macs_per_signal == expected
+    assert layer.macs(torch.Size((n, 3))) == expected and layer.macs(torch.Size((5, 2, n, 3))) == 10 * expected
     assert macs(layer, ((n, 3),)) == expected
 
 
@@ -193,3 +194,13 @@ def test_bias_is_the_same_at_all_positions() -> None:
     y = layer(torch.zeros(1, 5, 3, dtype=torch.float64))
     assert layer.bias is not None and torch.equal(y[0], layer.bias.expand(5, 4))
     assert torch.equal(layer.linear_state()["bias"], layer.bias * math.sqrt(5))
+
+
+@pytest.mark.parametrize("n", [1, 5, 12])
+def test_check_of_the_network(n: int) -> None:
+    network = SignalNetwork(n, 3, 5, width=8, depth=2)
+    report = equiflop.check(network)
+    assert report.passed and len(report.errors) == n and report.group == cyclic(n), str(report)
+    assert {row.what for row in report.rows} == {"output", "embedded signal", "features 0", "features 1"}
+    network.blocks[0].register_forward_hook(lambda module, args, y: y * torch.linspace(1, 2, n)[:, None])
+    assert equiflop.check(network).verdict == ("equivariant" if n == 1 else "not equivariant")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import equiflop
 from equiflop import Rep, macs
 from equiflop.groups import symmetric
 from equiflop.models.graph_network import GraphNetwork, SetNetwork
@@ -293,7 +294,8 @@ def test_macs() -> None:
     expected = n * n * edge_terms + n * node_terms + graph_terms
     layer = GraphLinear(p, e, q, f)
     assert edge_terms + node_terms + graph_terms == 2 * q * p + 5 * f * p + 5 * q * e + 15 * f * e
-    assert layer.macs(n) == macs(layer, ((n, p), (n, n, e))) == expected
+    shapes = torch.Size((1, n, p)), torch.Size((1, n, n, e))
+    assert layer.macs(*shapes) == macs(layer, ((n, p), (n, n, e))) == expected
     assert macs(SetLinear(p, q), ((n, p),)) == (n + 1) * p * q
     width = 8
     assert macs(SetNetwork(p, q, width=width, depth=2), ((n, p),)) == (n + 1) * (p + 2 * width) * width + width * q
@@ -345,3 +347,23 @@ def test_errors() -> None:
 def test_repr_shows_the_terms() -> None:
     assert "nodes 2 -> 4, edges 3 -> 5" in repr(GraphLinear(2, 3, 4, 5))
     assert "2 -> 3 per node" in repr(SetLinear(2, 3))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: SetNetwork(3, 5, width=8), lambda: GraphNetwork(2, 3, 5), lambda: GraphNetwork(0, 1, 5)]
+)
+def test_check_of_the_networks(make: Callable[[], nn.Module]) -> None:
+    network = make()
+    report = equiflop.check(network)
+    assert report.passed and len(report.errors) == 24, str(report)
+    assert report.group.element_name(1) == "(2 3)" and "(0 1 2)" in str(report)
+    assert any("features 2" in row.what or "edges 1" in row.what for row in report.rows)
+
+    def first_node_more(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, 0] *= 1.5
+        return output
+
+    layer = network.norms[1] if isinstance(network, SetNetwork) else network.blocks[1].norm_nodes
+    layer.register_forward_hook(first_node_more)
+    assert equiflop.check(network).verdict == "not equivariant"

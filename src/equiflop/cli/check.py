@@ -43,7 +43,8 @@ def command(
 
     Fills the model with random weights (freshly made ones are zero in places where mistakes hide), then compares the
     outputs, and the features after every block, for every element of the group. Ends with exit code 0 if all errors
-    are within the tolerance, 1 if not.
+    are within the tolerance, 1 if not, or if that says nothing: "inconclusive", as for an output that is nearly the
+    same for all images.
 
     \b
     Examples: equiflop check flop_deit3_small_patch16_224

@@ -1,7 +1,9 @@
-"""Finite groups, their real irreps, representations of feature axes, and the group Fourier transform."""
+"""Finite groups, their actions and real irreps, representations of feature axes, and the group Fourier transform."""
 
+from equiflop.groups.action import Action, abstract_group
 from equiflop.groups.fourier import FourierPlan, fourier_matrix, fourier_plan
-from equiflop.groups.group import FiniteGroup, Irrep
+from equiflop.groups.group import FiniteGroup
+from equiflop.groups.irrep import Irrep, algebra_table
 from equiflop.groups.named import (
     alternating,
     cyclic,
@@ -15,14 +17,17 @@ from equiflop.groups.named import (
     quaternion,
     symmetric,
 )
-from equiflop.groups.rep import Block, Rep
+from equiflop.groups.rep import IrrepBlock, Rep
 
 __all__ = [
-    "Block",
+    "Action",
     "FiniteGroup",
     "FourierPlan",
     "Irrep",
+    "IrrepBlock",
     "Rep",
+    "abstract_group",
+    "algebra_table",
     "alternating",
     "cyclic",
     "dihedral",

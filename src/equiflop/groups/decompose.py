@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from equiflop.groups.group import FiniteGroup, Irrep, IrrepType
+from equiflop.groups.irrep import Irrep, IrrepType
 
 _TYPE_OF_NORM: dict[int, IrrepType] = {1: "real", 2: "complex", 4: "quaternionic"}
 
@@ -32,11 +32,11 @@ def standard_irrep(name: str, matrices: np.ndarray) -> Irrep:
         basis = _algebra_basis(_complex_structures(matrices, quaternionic=kind == "quaternionic"))
         if not np.array_equal(basis, np.eye(len(basis))):
             matrices = basis.T @ matrices @ basis
-    return Irrep(name, matrices.shape[1], kind, _snapped(matrices))
+    return Irrep(name, matrices.shape[1], kind, snapped(matrices))
 
 
-def decompose_regular(group: FiniteGroup) -> Sequence[Irrep]:
-    """All real irreps of a group, found numerically in its regular representation.
+def decompose_regular(table: np.ndarray) -> Sequence[Irrep]:
+    """All real irreps of the group with this Cayley table, found numerically in its regular representation.
 
     A generic symmetric matrix that commutes with the regular representation has the irreducible subrepresentations as
     its eigenspaces (its restriction to an isotypic component is a generic Hermitian matrix over R, C or H). Each
@@ -45,12 +45,12 @@ def decompose_regular(group: FiniteGroup) -> Sequence[Irrep]:
     Irreps are ordered by dimension, then by character, largest first, so the trivial one comes first; they are named
     by dimension and a letter, ``"1a"`` being the trivial one.
     """
-    n = group.order
+    n = len(table)
     for seed in range(8):
-        spaces = _invariant_subspaces(group, np.random.default_rng(seed))
+        spaces = _invariant_subspaces(table, np.random.default_rng(seed))
         found: dict[tuple[float, ...], np.ndarray] = {}
         for vectors in spaces:
-            matrices = np.stack([vectors.T @ vectors[_left_rows(group, a)] for a in range(n)])
+            matrices = np.stack([vectors.T @ vectors[_left_rows(table, a)] for a in range(n)])
             character = np.trace(matrices, axis1=1, axis2=2)
             norm = np.mean(character**2)
             if abs(norm - round(norm)) > 1e-6 or round(norm) not in _TYPE_OF_NORM:
@@ -59,33 +59,32 @@ def decompose_regular(group: FiniteGroup) -> Sequence[Irrep]:
         else:
             ordered = sorted(found.items(), key=lambda item: (item[1].shape[1], tuple(-x for x in item[0])))
             return _named_by_dimension([matrices for _, matrices in ordered])
-    raise RuntimeError(f"the regular representation of {group.name} (order {n}) could not be decomposed")
+    raise RuntimeError(f"the regular representation of a group of order {n} could not be decomposed")
 
 
-def _left_rows(group: FiniteGroup, a: int) -> np.ndarray:
+def _left_rows(table: np.ndarray, a: int) -> np.ndarray:
     """Row indices that apply the left translation by ``a`` to a vector: ``(a v)[h] = v[a^-1 h]``."""
-    return group.table[group.inverses[a]]
+    return table[np.argmin(table[a])]
 
 
-def _invariant_subspaces(group: FiniteGroup, rng: np.random.Generator) -> list[np.ndarray]:
+def _invariant_subspaces(table: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     """Orthonormal bases of irreducible subspaces that span the regular representation."""
-    n = group.order
-    coefficients = rng.standard_normal(n)
+    coefficients = rng.standard_normal(len(table))
     # Right translations commute with left ones: M[h, k] = c[h^-1 k] is a generic element of the commutant.
-    commuting = coefficients[group.table[group.inverses]]
+    commuting = coefficients[table[np.argmin(table, axis=1)]]
     values, vectors = np.linalg.eigh(commuting + commuting.T)
     gap = 1e-7 * max(abs(values[0]), abs(values[-1]))
     cuts = np.flatnonzero(np.diff(values) > gap) + 1
-    return [_polished(group, space) for space in np.split(vectors, cuts, axis=1)]
+    return [_polished(table, space) for space in np.split(vectors, cuts, axis=1)]
 
 
-def _polished(group: FiniteGroup, vectors: np.ndarray) -> np.ndarray:
+def _polished(table: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     projector = vectors @ vectors.T
     average = np.zeros_like(projector)
-    for a in range(group.order):
-        rows = _left_rows(group, a)
+    for a in range(len(table)):
+        rows = _left_rows(table, a)
         average += projector[np.ix_(rows, rows)]
-    return np.linalg.eigh(average / group.order)[1][:, -vectors.shape[1] :]
+    return np.linalg.eigh(average / len(table))[1][:, -vectors.shape[1] :]
 
 
 def _named_by_dimension(representations: list[np.ndarray]) -> list[Irrep]:
@@ -139,7 +138,7 @@ def _algebra_basis(structures: list[np.ndarray]) -> np.ndarray:
     return np.column_stack([structure @ vector for structure in structures for vector in chosen])
 
 
-def _snapped(matrices: np.ndarray) -> np.ndarray:
+def snapped(matrices: np.ndarray) -> np.ndarray:
     """Entries within rounding error of 0, 1/2 or 1 in size, made exact."""
     twice = np.round(2 * matrices)
     return np.ascontiguousarray(np.where(np.abs(2 * matrices - twice) < 4e-15, twice / 2, matrices) + 0.0)

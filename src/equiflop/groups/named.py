@@ -8,12 +8,18 @@ from itertools import permutations, product
 import numpy as np
 
 from equiflop.groups.decompose import standard_irrep
-from equiflop.groups.group import FiniteGroup, Irrep, algebra_units
+from equiflop.groups.group import FiniteGroup
+from equiflop.groups.irrep import Irrep, algebra_units
 
 
 def flop() -> FiniteGroup:
-    """The mirror group C2 = {e, m}; irreps ``A`` (invariant) and ``B`` (sign-flipping).
+    """Another name of ``cyclic(2)``, the group C2 = {e, m}; irreps ``A`` (invariant) and ``B`` (sign-flipping).
 
+    The name is that of an action, mirroring images left to right; the abstract group knows nothing of images and is
+    the same for every mirror. The action itself is ``equiflop.grids.named_image_group("flop")``.
+
+    >>> flop()
+    FiniteGroup(C2, order=2)
     >>> [irrep.name for irrep in flop().irreps]
     ['A', 'B']
     """

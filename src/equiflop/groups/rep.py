@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from equiflop.groups.group import FiniteGroup, Irrep
+from equiflop.groups.action import Action, abstract_group
+from equiflop.groups.group import FiniteGroup
+from equiflop.groups.irrep import Irrep
 
 
 @dataclass(frozen=True)
-class Block:
+class IrrepBlock:
     """One irrep's place on the feature axis: ``[dim, multiplicity]``, row-major, from ``start`` to ``stop``."""
 
     irrep: Irrep
@@ -27,10 +29,11 @@ class Rep:
     all multiplicities of row 0, then of row 1, and so on. A ``Rep`` is immutable, hashable and holds no feature.
 
     Args:
-        group: the group.
+        group: the group, or an action of it; ``rep.group`` is the abstract group, however it acts elsewhere.
         multiplicities: one count per irrep, in the order of ``group.irreps``.
 
     Raises:
+        TypeError: if ``group`` is neither.
         ValueError: if the number of multiplicities is wrong or one is negative.
 
     >>> from equiflop.groups import dihedral
@@ -45,7 +48,8 @@ class Rep:
     group: FiniteGroup
     multiplicities: tuple[int, ...]
 
-    def __init__(self, group: FiniteGroup, multiplicities: Sequence[int]) -> None:
+    def __init__(self, group: FiniteGroup | Action, multiplicities: Sequence[int]) -> None:
+        group = abstract_group(group)
         counts = tuple(int(m) for m in multiplicities)
         names = [irrep.name for irrep in group.irreps]
         if len(counts) != len(names):
@@ -64,7 +68,7 @@ class Rep:
         return Rep, (self.group, self.multiplicities)
 
     @classmethod
-    def regular(cls, group: FiniteGroup, n: int) -> Rep:
+    def regular(cls, group: FiniteGroup | Action, n: int) -> Rep:
         """``n`` copies of the regular representation: every irrep ``n * dim / endomorphism_dim`` times.
 
         Raises:
@@ -75,18 +79,19 @@ class Rep:
         return cls(group, [n * irrep.regular_multiplicity for irrep in group.irreps])
 
     @classmethod
-    def regular_of_dim(cls, group: FiniteGroup, dim: int, argument: str = "dim") -> Rep:
+    def regular_of_dim(cls, group: FiniteGroup | Action, dim: int, argument: str = "dim") -> Rep:
         """The multiple of the regular representation of the given dimension; ``argument`` names it in the error.
 
         Raises:
             ValueError: if ``dim`` is not a positive multiple of the group's order.
         """
+        group = abstract_group(group)
         if dim <= 0 or dim % group.order:
             raise ValueError(f"{argument}={dim} is not divisible by |G|={group.order} (group {group.name})")
         return cls.regular(group, dim // group.order)
 
     @classmethod
-    def trivial(cls, group: FiniteGroup, n: int) -> Rep:
+    def trivial(cls, group: FiniteGroup | Action, n: int) -> Rep:
         """``n`` invariant channels."""
         return cls(group, [n] + [0] * (len(group.irreps) - 1))
 
@@ -101,12 +106,12 @@ class Rep:
         n = self.multiplicities[0]
         return n if self.multiplicities == Rep.regular(self.group, n).multiplicities else None
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[IrrepBlock]:
         """The blocks of the axis, one per irrep, empty ones included."""
         start = 0
         for irrep, multiplicity in zip(self.group.irreps, self.multiplicities, strict=True):
             stop = start + irrep.dim * multiplicity
-            yield Block(irrep, multiplicity, start, stop)
+            yield IrrepBlock(irrep, multiplicity, start, stop)
             start = stop
 
     def matrix(self, a: int) -> torch.Tensor:
@@ -116,6 +121,25 @@ class Rep:
             identity = torch.eye(block.multiplicity, dtype=torch.float64, device="cpu")
             matrix[block.start : block.stop, block.start : block.stop] = torch.kron(block.irrep.matrix(a), identity)
         return matrix
+
+    def act(self, a: int, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Apply ``matrix(a)`` to an axis of a tensor, irrep by irrep, in the tensor's own dtype.
+
+        Raises:
+            ValueError: if the axis does not have ``dim`` entries.
+        """
+        if x.ndim == 0 or x.shape[dim] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}; {self!r} acts on {self.dim} entries along axis {dim}")
+        moved = x.movedim(dim, -1)
+        parts = []
+        for block in self.blocks():
+            part = moved[..., block.start : block.stop]
+            if block.irrep.dim == 1:
+                parts.append(part * block.irrep.matrices[a].item())
+            elif block.multiplicity:
+                rows = part.unflatten(-1, (block.irrep.dim, block.multiplicity))
+                parts.append((block.irrep.matrix(a).to(x) @ rows).flatten(-2))
+        return torch.cat(parts, dim=-1).movedim(-1, dim)
 
     def __add__(self, other: Rep) -> Rep:
         """The direct sum (its axis is ordered by irrep, so it is not the two axes one after the other)."""

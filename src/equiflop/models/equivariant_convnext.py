@@ -23,7 +23,7 @@ from equiflop.nn.invariants import InvariantKind
 
 def _norm(rep: Rep, dd: dict[str, Any]) -> EquivariantLayerNorm:
     """As published: ``eps`` = 1e-6 stands in a sum that is halved for the mirror group."""
-    return EquivariantLayerNorm(rep, 0.5e-6 if rep.group == named_image_group("flop") else 1e-6, **dd)
+    return EquivariantLayerNorm(rep, 0.5e-6 if rep.group == named_image_group("flop").group else 1e-6, **dd)
 
 
 class EquivariantConvNeXtBlock(nn.Module):

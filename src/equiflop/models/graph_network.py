@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import permutations
+
 import torch
 from torch import Tensor, nn
 
+from equiflop.groups import Action, symmetric
 from equiflop.nn.permutation import GraphInvariants, GraphLinear, SetLinear
 
+#: Nodes of the sets and graphs on which :func:`equiflop.check` tries all permutations.
+SAMPLE_NODES = 4
 
-class SetNetwork(nn.Module):
+
+@lru_cache(maxsize=1)
+def node_permutations() -> Action:
+    """All permutations of ``SAMPLE_NODES`` nodes."""
+    return Action.permuting(symmetric(SAMPLE_NODES), list(permutations(range(SAMPLE_NODES))))
+
+
+class _NodeNetwork(nn.Module):
+    """What sets and graphs say of themselves: permuted nodes leave the output as it is.
+
+    The networks take any number of nodes; the group is that of the sample inputs, in half of which the last node is
+    padding. Where the mask goes, the padding goes.
+    """
+
+    in_nodes: int
+    in_edges: int | None = None
+
+    @property
+    def group(self) -> Action:
+        """The permutations of the nodes of the sample inputs."""
+        return node_permutations()
+
+    def sample_inputs(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Random nodes, edges (of graphs) and mask, for :func:`equiflop.check`."""
+        lead = (batch_size, SAMPLE_NODES)
+        mask = torch.ones(lead, dtype=torch.bool)
+        mask[1::2, -1] = False
+        nodes = torch.randn(*lead, self.in_nodes, generator=generator, dtype=torch.float64)
+        if self.in_edges is None:
+            return nodes, mask
+        edges = torch.randn(*lead, SAMPLE_NODES, self.in_edges, generator=generator, dtype=torch.float64)
+        return nodes, edges, mask
+
+    def act_on_inputs(self, a: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Nodes, edges and mask in another order."""
+        nodes, *edges, mask = inputs
+        moved = [self.group.act(a, self.group.act(a, t, dim=1), dim=2) for t in edges]
+        return (self.group.act(a, nodes, dim=1), *moved, self.group.act(a, mask, dim=1))
+
+    def act_on_output(self, a: int, output: Tensor) -> Tensor:
+        """Logits do not change."""
+        return output
+
+
+class SetNetwork(_NodeNetwork):
     """Classifier of sets: residual blocks of a ``SetLinear`` and a pointwise GELU, mean over the nodes, linear head.
 
     Means over many nodes differ little between sets; a batch norm in front of the head brings the differences out.
@@ -42,12 +92,26 @@ class SetNetwork(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(depth, {"width": width, "num_classes": num_classes})
+        self.in_nodes = in_channels
         self.embed = SetLinear(in_channels, width, device=device, dtype=dtype)
         self.norms = nn.ModuleList(nn.LayerNorm(width, device=device, dtype=dtype) for _ in range(depth))
         self.layers = nn.ModuleList(SetLinear(width, width, device=device, dtype=dtype) for _ in range(depth))
         self.act = nn.GELU()
         self.norm = nn.BatchNorm1d(width, device=device, dtype=dtype)
         self.head = nn.Linear(width, num_classes, device=device, dtype=dtype)
+
+    def named_features(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Features of the nodes after the embedding and every block, ``(B, n, width)``."""
+        nodes, mask = inputs if len(inputs) == 2 else (*inputs, None)
+        x = self.embed(nodes, mask)
+        features = {"embedded nodes": x}
+        for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
+            features[f"features {i}"] = x = x + self.act(layer(norm(x), mask))
+        return features
+
+    def act_on_features(self, a: int, name: str, features: Tensor) -> Tensor:
+        """Nodes in another order."""
+        return self.group.act(a, features, dim=1)
 
     def forward(self, nodes: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.embed(nodes, mask)
@@ -91,7 +155,7 @@ class GraphBlock(nn.Module):
         return nodes + self.act(mixed_nodes), edges + self.act(mixed_edges)
 
 
-class GraphNetwork(nn.Module):
+class GraphNetwork(_NodeNetwork):
     """Classifier of graphs, invariant to the order of the nodes: blocks, linear invariants, a head of two layers.
 
     Means over many nodes differ little between graphs; a batch norm in front of the head brings the differences out.
@@ -131,6 +195,7 @@ class GraphNetwork(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(depth, {"node_width": node_width, "edge_width": edge_width, "num_classes": num_classes})
+        self.in_nodes, self.in_edges = in_nodes, in_edges
         self.embed = GraphLinear(in_nodes, in_edges, node_width, edge_width, device=device, dtype=dtype)
         self.act = nn.GELU()
         self.blocks = nn.ModuleList(
@@ -141,6 +206,22 @@ class GraphNetwork(nn.Module):
         self.norm = nn.BatchNorm1d(invariants, device=device, dtype=dtype)
         self.fc = nn.Linear(invariants, invariants, device=device, dtype=dtype)
         self.head = nn.Linear(invariants, num_classes, device=device, dtype=dtype)
+
+    def named_features(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Nodes ``(B, n, node_width)`` and edges ``(B, n, n, edge_width)`` after the embedding and every block."""
+        nodes, edges, mask = inputs if len(inputs) == 3 else (*inputs, None)
+        nodes, edges = self.embed(nodes, edges, mask)
+        nodes, edges = self.act(nodes), self.act(edges)
+        features = {"embedded nodes": nodes, "embedded edges": edges}
+        for i, block in enumerate(self.blocks):
+            nodes, edges = block(nodes, edges, mask)
+            features |= {f"nodes {i}": nodes, f"edges {i}": edges}
+        return features
+
+    def act_on_features(self, a: int, name: str, features: Tensor) -> Tensor:
+        """Nodes in another order, along both axes of the edges."""
+        moved = self.group.act(a, features, dim=1)
+        return self.group.act(a, moved, dim=2) if "edges" in name else moved
 
     def forward(self, nodes: Tensor, edges: Tensor, mask: Tensor | None = None) -> Tensor:
         nodes, edges = self.embed(nodes, edges, mask)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,43 +13,72 @@ from timm.layers import calculate_drop_path_rates
 from timm.models.vision_transformer import Block as PlainBlock
 from torch import Tensor, nn
 
-from equiflop.groups import FiniteGroup, Rep
-from equiflop.groups.named import full_octahedral, full_octahedral_matrices, octahedral, octahedral_rotations
+from equiflop.groups import (
+    Action,
+    FiniteGroup,
+    Rep,
+    full_octahedral,
+    full_octahedral_matrices,
+    octahedral,
+    octahedral_rotations,
+)
 from equiflop.models.classifier import replace_classifier
 from equiflop.nn import Block, Invariants, LayerNorm
 from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.point_embed import PointEmbed, neighbourhoods
 
 PointGroupName = Literal["rotations", "full"]
-#: A group and how it acts on points: orthogonal matrices ``(order, 3, 3)`` in the order of its elements.
-PointGroup = tuple[FiniteGroup, np.ndarray]
+
+#: The groups of points in space that have a name: the 24 rotations of a cube, and its 48 symmetries.
+NAMED_POINT_GROUPS: dict[str, Callable[[], Action]] = {
+    "rotations": lambda: Action(octahedral(), octahedral_rotations(), "rotations"),
+    "full": lambda: Action(full_octahedral(), full_octahedral_matrices(), "full"),
+}
 
 
-def as_point_group(group: PointGroupName | PointGroup) -> PointGroup:
-    """A group with its matrices, from a name or checked.
-
-    Args:
-        group: ``"rotations"``, the 24 rotations of a cube; ``"full"``, its 48 symmetries, reflections included; or a
-            pair of a group and matrices ``(order, 3, 3)``.
+@lru_cache(maxsize=4)
+def named_point_group(name: str) -> Action:
+    """The action of a name, one of :data:`NAMED_POINT_GROUPS`.
 
     Raises:
-        ValueError: if the name is unknown, or the matrices are not an orthogonal representation of the group.
+        ValueError: if there is none of that name.
+    """
+    if name not in NAMED_POINT_GROUPS:
+        raise ValueError(
+            f"group={name!r} is unknown; choose 'rotations', 'full' or a pair (FiniteGroup, matrices), or give an "
+            "Action"
+        )
+    return NAMED_POINT_GROUPS[name]()
+
+
+def as_point_group(group: PointGroupName | Action | tuple[FiniteGroup, Any]) -> Action:
+    """A group as it acts on points in space.
+
+    Args:
+        group: ``"rotations"``, the 24 rotations of a cube; ``"full"``, its 48 symmetries, reflections included; an
+            action on three coordinates; or a pair of a group and matrices ``(order, 3, 3)``.
+
+    Raises:
+        ValueError: if the name is unknown, the action is on another number of coordinates, or the matrices are not an
+            orthogonal representation of the group.
+        TypeError: if it is none of these.
     """
     if isinstance(group, str):
-        if group == "rotations":
-            return octahedral(), octahedral_rotations()
-        if group == "full":
-            return full_octahedral(), full_octahedral_matrices()
-        raise ValueError(f"group={group!r} is unknown; choose 'rotations', 'full' or a pair (FiniteGroup, matrices)")
-    finite, matrices = group
-    matrices = np.asarray(matrices, dtype=np.float64)
-    if matrices.shape != (finite.order, 3, 3):
-        raise ValueError(f"group: matrices has shape {matrices.shape}; {finite.name} needs ({finite.order}, 3, 3)")
-    if not np.allclose(matrices @ matrices.transpose(0, 2, 1), np.eye(3), rtol=0.0, atol=1e-10):
-        raise ValueError(f"group: the matrices of {finite.name} are not orthogonal")
-    if not np.allclose(matrices[:, None] @ matrices[None], matrices[finite.table], rtol=0.0, atol=1e-10):
-        raise ValueError(f"group: the matrices do not multiply like the elements of {finite.name}")
-    return finite, matrices
+        return named_point_group(group)
+    if isinstance(group, tuple) and len(group) == 2:
+        finite, matrices = group
+        shape = np.shape(matrices)
+        if shape != (finite.order, 3, 3):
+            raise ValueError(f"group: matrices has shape {shape}; {finite.name} needs ({finite.order}, 3, 3)")
+        try:
+            group = Action(finite, matrices)
+        except ValueError as error:
+            raise ValueError(f"group: {error}") from None
+    if not isinstance(group, Action):
+        raise TypeError(f"group={group!r} is none of 'rotations', 'full', an Action or a pair (FiniteGroup, matrices)")
+    if group.dim != 3:
+        raise ValueError(f"group={group!r} acts on {group.dim} coordinates; points in space have 3")
+    return group
 
 
 def normalised(points: Tensor) -> Tensor:
@@ -130,7 +161,8 @@ class PointTransformer(_PointClassifier):
     Args:
         num_classes: classes; 0 for no classifier.
         group: ``"rotations"``, the 24 rotations of a cube; ``"full"``, all its 48 symmetries: mirror images, such as a
-            left and a right screw, then have the same logits; or a pair of a group and its matrices ``(order, 3, 3)``.
+            left and a right screw, then have the same logits; or any :class:`~equiflop.Action` on three coordinates, or
+            what makes one: a pair of a group and its matrices ``(order, 3, 3)``.
         embed_dim: width; a multiple of the group's order.
         depth: number of blocks.
         num_heads: heads of the attention; must divide ``embed_dim / |G|`` for the named groups.
@@ -153,7 +185,7 @@ class PointTransformer(_PointClassifier):
         self,
         num_classes: int = 10,
         *,
-        group: PointGroupName | PointGroup = "rotations",
+        group: PointGroupName | Action | tuple[FiniteGroup, Any] = "rotations",
         embed_dim: int = 192,
         depth: int = 4,
         num_heads: int = 4,
@@ -166,13 +198,12 @@ class PointTransformer(_PointClassifier):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.group, self.matrices = as_point_group(group)
+        self.group = as_point_group(group)
         self.rep = Rep.regular_of_dim(self.group, embed_dim, "embed_dim")
         self.embed_dim = embed_dim
         self.neighbours = neighbours
         self.embed = PointEmbed(
             self.group,
-            self.matrices,
             embed_dim // self.group.order,
             neighbours=neighbours,
             device=device,
@@ -192,6 +223,32 @@ class PointTransformer(_PointClassifier):
     def feature_rep(self, block: int) -> Rep:
         """Type of the features after block ``block`` (-1: before the first)."""
         return self.rep
+
+    def sample_inputs(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Random clouds, for :func:`equiflop.check`."""
+        points = 2 * self.neighbours + 4
+        return (torch.randn(batch_size, points, 3, generator=generator, dtype=torch.float64),)
+
+    def act_on_inputs(self, a: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Clouds moved by element ``a``."""
+        return tuple(self.group.act(a, points) for points in inputs)
+
+    def act_on_output(self, a: int, output: Tensor) -> Tensor:
+        """Logits do not change."""
+        return output
+
+    def named_features(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Features before the first block and after each, and behind the norm; ``(B, N, embed_dim)``."""
+        x = self.embed(normalised(*inputs))
+        features = {"embedded points": x}
+        for i, block in enumerate(self.blocks):
+            features[f"features {i}"] = x = block(x)
+        features["normalised features"] = self.norm(x)
+        return features
+
+    def act_on_features(self, a: int, name: str, features: Tensor) -> Tensor:
+        """Channels transform, points keep their places."""
+        return self.rep.act(a, features)
 
 
 class PlainPointEmbed(nn.Module):

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
+from equiflop.groups import FiniteGroup, cyclic
 from equiflop.nn.circulant import CirculantLinear
+
+
+@lru_cache(maxsize=4)
+def shifts(n: int) -> FiniteGroup:
+    """The cyclic shifts of a period of length ``n``; element ``a`` shifts by ``a``."""
+    return cyclic(n)
 
 
 class SignalBlock(nn.Module):
@@ -90,6 +99,37 @@ class SignalNetwork(nn.Module):
         )
         self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
         self.head = nn.Linear(width, num_classes, device=device, dtype=dtype)
+
+    @property
+    def group(self) -> FiniteGroup:
+        """The cyclic shifts."""
+        return shifts(self.embed.n)
+
+    def sample_inputs(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Random signals, for :func:`equiflop.check`."""
+        shape = (batch_size, self.embed.n, self.embed.in_channels)
+        return (torch.randn(shape, generator=generator, dtype=torch.float64),)
+
+    def act_on_inputs(self, a: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Signals shifted by ``a``."""
+        return tuple(x.roll(a, dims=1) for x in inputs)
+
+    def act_on_output(self, a: int, output: Tensor) -> Tensor:
+        """Logits do not change."""
+        return output
+
+    def named_features(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Features after the embedding and every block, ``(B, n, width)``."""
+        (x,) = inputs
+        features = {"embedded signal": self.embed(x)}
+        x = features["embedded signal"]
+        for i, block in enumerate(self.blocks):
+            features[f"features {i}"] = x = block(x)
+        return features
+
+    def act_on_features(self, a: int, name: str, features: Tensor) -> Tensor:
+        """Features move with the signal."""
+        return features.roll(a, dims=1)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Features that move with the signal, ``(B, n, width)``."""

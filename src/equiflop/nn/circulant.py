@@ -70,16 +70,16 @@ class CirculantLinear(nn.Module):
             if self.bias is not None:
                 self.bias.zero_()
 
-    @property
-    def macs_per_signal(self) -> int:
-        """Real MACs for one signal: transforms, and 4 for each product of complex numbers.
+    def macs(self, *shapes: torch.Size) -> int:
+        """Real MACs for signals of shape ``(..., n, in_channels)``: transforms, and 4 for a product of complex numbers.
 
         A real transform of length n counts ``n * ceil(log2 n)`` per channel: a quarter of ``n log2 n`` complex
         products, 4 real ones each, in the usual radix-2 scheme for real numbers; its additions come with the products.
         The matrices of the real irreps are multiplied in the same batch as the complex ones and count as such.
         """
         transforms = (self.in_channels + self.out_channels) * self.n * (self.n - 1).bit_length()
-        return transforms + 4 * (self.n // 2 + 1) * self.in_channels * self.out_channels
+        per_signal = transforms + 4 * (self.n // 2 + 1) * self.in_channels * self.out_channels
+        return shapes[0][:-2].numel() * per_signal
 
     def spectrum(self) -> Tensor:
         """The complex matrix per frequency of ``torch.fft.rfft``: ``(n // 2 + 1, out_channels, in_channels)``."""

@@ -60,9 +60,10 @@ class SetLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def macs(self, nodes: int) -> int:
-        """MACs for one set."""
-        return nodes * self.weight_own.numel() + self.weight_mean.numel()
+    def macs(self, *shapes: torch.Size) -> int:
+        """MACs for nodes of shape ``(B, n, in_channels)``."""
+        sets, nodes = shapes[0][:2]
+        return sets * (nodes * self.weight_own.numel() + self.weight_mean.numel())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         _check_nodes(x, self.in_channels, mask)
@@ -151,9 +152,11 @@ class GraphLinear(nn.Module):
             if self.bias is not None:
                 self.bias.zero_()
 
-    def macs(self, nodes: int) -> int:
-        """MACs for one graph."""
-        return nodes**2 * self.weight_edges.numel() + nodes * self.weight_nodes.numel() + self.weight_graph.numel()
+    def macs(self, *shapes: torch.Size) -> int:
+        """MACs for nodes of shape ``(B, n, in_nodes)`` and their edges."""
+        graphs, nodes = shapes[0][:2]
+        per_edge, per_node, per_graph = (w.numel() for w in (self.weight_edges, self.weight_nodes, self.weight_graph))
+        return graphs * (nodes**2 * per_edge + nodes * per_node + per_graph)
 
     def forward(self, nodes: Tensor, edges: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _check_nodes(nodes, self.in_nodes, mask)

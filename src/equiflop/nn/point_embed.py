@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equiflop.groups import FiniteGroup, Rep, fourier_matrix
+from equiflop.groups import Action, Rep, fourier_matrix
 from equiflop.nn.fixed import FixedTensors
 
 
@@ -54,8 +53,7 @@ class PointEmbed(FixedTensors):
     becomes ``y_(g^-1 h)``; the group Fourier transform takes that to ``rep``.
 
     Args:
-        group: the group.
-        matrices: how it acts on points: an orthogonal matrix per element, shape ``(order, 3, 3)``.
+        group: the group as it acts on points in space, by 3x3 matrices.
         copies: outputs of ``phi``: copies of the regular representation.
         hidden: hidden width of ``phi``; by default ``copies``.
         neighbours: points in a neighbourhood, the point itself included.
@@ -63,7 +61,7 @@ class PointEmbed(FixedTensors):
         dtype: dtype of the parameters.
 
     Raises:
-        ValueError: if a number is not positive or the matrices do not have the right shape.
+        ValueError: if a number is not positive or the group does not act on three coordinates.
 
     Shape: ``(B, N, 3)`` to ``(B, N, rep.dim)``.
     """
@@ -73,8 +71,7 @@ class PointEmbed(FixedTensors):
 
     def __init__(
         self,
-        group: FiniteGroup,
-        matrices: np.ndarray,
+        group: Action,
         copies: int,
         *,
         hidden: int | None = None,
@@ -87,13 +84,14 @@ class PointEmbed(FixedTensors):
         for name, value in (("copies", copies), ("hidden", hidden), ("neighbours", neighbours)):
             if value < 1:
                 raise ValueError(f"{name}={value} is not positive; PointEmbed needs {name} >= 1")
-        if matrices.shape != (group.order, 3, 3):
-            raise ValueError(f"matrices has shape {matrices.shape}; group {group.name} needs ({group.order}, 3, 3)")
-        self.rep = Rep.regular(group, copies)
+        if group.dim != 3:
+            raise ValueError(f"group={group!r} acts on {group.dim} coordinates; PointEmbed needs an action on 3")
+        self.in_rep = group
+        self.rep = self.out_rep = Rep.regular(group, copies)
         self.hidden = hidden
         self.neighbours = neighbours
-        self.fix("matrices", matrices, device, dtype)
-        self.fix("fourier", fourier_matrix(group), device, dtype)
+        self.fix("matrices", group.matrices, device, dtype)
+        self.fix("fourier", fourier_matrix(group.group), device, dtype)
         self.weight = nn.Parameter(torch.empty(hidden, 6, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(hidden, device=device, dtype=dtype))
         self.proj = nn.Linear(hidden, copies, device=device, dtype=dtype)
@@ -105,12 +103,12 @@ class PointEmbed(FixedTensors):
             nn.init.normal_(weight, std=1.0 / math.sqrt(weight.shape[1]))
             nn.init.zeros_(bias)
 
-    def macs_of(self, clouds: int, points: int) -> int:
-        """MACs for a batch, those of ``proj`` left out: turned weights, first linear map, Fourier transform."""
+    def macs(self, *shapes: torch.Size) -> int:
+        """MACs for points of shape ``(B, N, 3)``, ``proj`` left out: turned weights, first map, Fourier transform."""
         order = self.rep.group.order
         turned = order * self.hidden * 2 * 3 * 3
         per_point = self.neighbours * 6 * order * self.hidden + order * self.rep.dim
-        return turned + clouds * points * per_point
+        return turned + shapes[0][:-1].numel() * per_point
 
     def forward(self, points: Tensor) -> Tensor:
         offsets, weights = neighbourhoods(points, self.neighbours)
