@@ -17,24 +17,20 @@ from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from equiflop import nn as enn
-from equiflop.models.segmentation import PatchDecoder
-from equiflop.nn.circulant import CirculantLinear
-from equiflop.nn.permutation import GraphLinear, SetLinear
-from equiflop.nn.point_embed import PointEmbed
+from equiflop.contract import CountsMacs
 
-Counter = Callable[[Any, Tensor], int]
+Counter = Callable[..., int]
 
 
 def _vectors(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
 
-def _linear(module: nn.Linear, x: Tensor) -> int:
+def _linear(module: nn.Linear, x: Tensor, *_: Any) -> int:
     return _vectors(x) * module.in_features * module.out_features
 
 
-def _conv(module: nn.Conv2d, x: Tensor) -> int:
+def _conv(module: nn.Conv2d, x: Tensor, *_: Any) -> int:
     pixels = 1
     sizes = zip(x.shape[-2:], module.kernel_size, module.stride, module.dilation, _padding(module), strict=True)
     for size, kernel, stride, dilation, padding in sizes:
@@ -53,41 +49,24 @@ def _padding(module: nn.Conv2d) -> tuple[int, int]:
     return 2 * height, 2 * width
 
 
-def _plain_attention(module: TimmAttention, x: Tensor) -> int:
+def _plain_attention(module: TimmAttention, x: Tensor, *_: Any) -> int:
     """The products of queries, keys and values alone; the linear maps are modules of their own."""
     batch, tokens = x.shape[0], x.shape[1]
     return 2 * batch * module.num_heads * tokens * tokens * module.head_dim
-
-
-def _equivariant_attention(module: enn.Attention, x: Tensor) -> int:
-    batch, tokens, channels = x.shape
-    linear = batch * tokens * (module.qkv.macs_per_vector + module.proj.macs_per_vector)
-    return linear + 2 * batch * tokens * tokens * channels
-
-
-def _equivariant_mlp(module: enn.Mlp, x: Tensor) -> int:
-    per_vector = module.fc1.macs_per_vector + module.act.macs_per_vector + module.fc2.macs_per_vector
-    return _vectors(x) * per_vector
 
 
 COUNTERS: dict[type[nn.Module], Counter] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv,
     TimmAttention: _plain_attention,
-    enn.Linear: lambda module, x: _vectors(x) * module.macs_per_vector,
-    enn.FourierActivation: lambda module, x: _vectors(x) * module.macs_per_vector,
-    enn.ToSpatial: lambda module, x: _vectors(x) * module.macs_per_vector,
-    enn.GridTransform: lambda module, x: math.prod(x.shape[:-2]) * x.shape[-1] * module.macs_per_channel,
-    enn.DepthwiseConv: lambda module, x: x.numel() * module.kernel_size**2,
-    enn.TokenMixing: lambda module, x: x.shape[0] * x.shape[-1] * module.linear.macs_per_vector,
-    enn.Attention: _equivariant_attention,
-    enn.Mlp: _equivariant_mlp,
-    PatchDecoder: lambda module, x: _vectors(x) * module.macs_per_token,  # its linear map is a module of its own
-    CirculantLinear: lambda module, x: module.macs(x.shape),
-    GraphLinear: lambda module, nodes: module.macs(nodes.shape),
-    SetLinear: lambda module, x: module.macs(x.shape),
-    PointEmbed: lambda module, x: module.macs(x.shape),
 }
+
+
+def counter_of(module: nn.Module) -> Counter | None:
+    """How the products of a module of its own are counted: by its method ``macs``, or by a counter for its class."""
+    if isinstance(module, CountsMacs):
+        return lambda module, *inputs: module.macs(*(x.shape for x in inputs if isinstance(x, Tensor)))
+    return next((COUNTERS[base] for base in type(module).__mro__ if base in COUNTERS), None)
 
 
 def macs(model: nn.Module, input_size: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> int:
@@ -163,14 +142,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _hooks(model: nn.Module, counted: dict[str, int], made: _MadeProducts) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
-        counter = next((COUNTERS[base] for base in type(module).__mro__ if base in COUNTERS), None)
+        counter = counter_of(module)
 
         def before(
             module: nn.Module, args: tuple[Any, ...], name: str = name, counter: Counter | None = counter
         ) -> None:
             made.stack.append(name)
             if counter is not None:
-                counted[name] = counted.get(name, 0) + counter(module, args[0])
+                counted[name] = counted.get(name, 0) + counter(module, *args)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             made.stack.pop()

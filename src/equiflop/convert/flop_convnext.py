@@ -78,6 +78,6 @@ def _downsample(mapping: FlopMapping, downsample: Downsample, source: str, targe
             mapping.official.take(f"{source}.{path}.weight", (channels_out, channels_in, 2, 1)) for path in paths
         ]
         columns = [kernel.squeeze(-1).transpose(1, 2).flatten(1) for kernel in kernels]
-        mapping.out[f"{target}.proj.weight_{irrep}"] = math.sqrt(2.0) * torch.cat(columns, dim=1)
+        mapping.out[f"{target}.proj.{irrep}.weight"] = math.sqrt(2.0) * torch.cat(columns, dim=1)
     if downsample.proj.bias is not None:
-        mapping.out[f"{target}.proj.bias"] = mapping.official.take(f"{source}.sym_to_sym.bias", (channels_out,))
+        mapping.out[f"{target}.proj.A.bias"] = mapping.official.take(f"{source}.sym_to_sym.bias", (channels_out,))

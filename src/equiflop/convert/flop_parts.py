@@ -28,12 +28,13 @@ class FlopMapping(Mapping):
         self, linear: Linear, source: str, target: str, stem: str = "linear", kernel: tuple[int, ...] = ()
     ) -> None:
         """``<source>.<stem>_sym.weight`` and ``_asym``, with the trailing axes ``kernel`` of a 1x1 convolution."""
-        for irrep, part in PARTS:
-            weight = linear.get_parameter(f"weight_{irrep}")
+        for (irrep, weight), (_, part) in zip(linear.weights(), PARTS, strict=True):
             found = self.official.take(f"{source}.{stem}_{part}.weight", (*weight.shape, *kernel))
-            self.out[f"{target}.weight_{irrep}"] = found.view(weight.shape)
+            self.out[f"{target}.{irrep.name}.weight"] = linear.gain(irrep) * found.view(weight.shape)
         if linear.bias is not None:
-            self.out[f"{target}.bias"] = self.official.take(f"{source}.{stem}_sym.bias", linear.bias.shape)
+            irrep, _ = linear.weights()[0]
+            bias = self.official.take(f"{source}.{stem}_sym.bias", linear.bias.shape)
+            self.out[f"{target}.{irrep.name}.bias"] = linear.gain(irrep) * bias
 
     def layer_norm(self, norm: LayerNorm, source: str, target: str) -> None:
         """``<source>.scaling``."""
@@ -66,10 +67,10 @@ class FlopMapping(Mapping):
         channels = embed.proj.out_rep.multiplicities[0]
         for irrep, part in PARTS:
             kernel = self.official.take(f"{source}.proj_{part}.weight", (channels, embed.in_chans, height, width // 2))
-            self.out[f"{target}.proj.weight_{irrep}"] = weight_scale * kernel.permute(0, 2, 3, 1).flatten(1)
+            self.out[f"{target}.proj.{irrep}.weight"] = weight_scale * kernel.permute(0, 2, 3, 1).flatten(1)
         if embed.proj.bias is not None:
             bias = self.official.take(f"{source}.proj_sym.bias", (channels,))
-            self.out[f"{target}.proj.bias"] = bias_scale * bias
+            self.out[f"{target}.proj.A.bias"] = bias_scale * bias
 
     def left_and_right(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Raster indices of the left half of a token grid, and of their mirror images, in the official order."""

@@ -12,7 +12,7 @@ import torch
 
 from equiflop.convert.flop_parts import PARTS, FlopMapping
 from equiflop.models import EquivariantResMLP
-from equiflop.models.equivariant_resmlp import EquivariantResBlock, PublishedChannelMlp
+from equiflop.models.equivariant_resmlp import EquivariantResBlock, ChannelMlp
 
 
 def map_flop_resmlp(mapping: FlopMapping, model: EquivariantResMLP) -> None:
@@ -49,7 +49,7 @@ def _block(mapping: FlopMapping, block: EquivariantResBlock, name: str) -> None:
     ]
     mapping.out[f"{name}.linear_tokens.bias"] = torch.cat(biases)
     mlp = block.mlp_channels
-    assert isinstance(mlp, PublishedChannelMlp)
+    assert isinstance(mlp, ChannelMlp)
     for part, linear, bias in (("1", mlp.fc1, mlp.bias1), ("2", mlp.fc2, mlp.bias2)):
         mapping.linear(linear, f"{name}.mlp.fc{part}", f"{name}.mlp_channels.fc{part}", stem="lin")
         halves = [

@@ -61,6 +61,6 @@ def _equivariant_block(mapping: FlopMapping, block: Block, name: str) -> None:
     if mixer in mapping.official:  # logits = m0 * (symmetric term) + m1 * (antisymmetric term): a factor of the queries
         queries = block.rep.multiplicities[0]
         for (irrep, _), factor in zip(PARTS, mapping.official.take(mixer, (2,)), strict=True):
-            mapping.out[f"{name}.attn.qkv.weight_{irrep}"][:queries] *= factor
+            mapping.out[f"{name}.attn.qkv.{irrep}.weight"][:queries] *= factor
             if irrep == "A" and block.attn.qkv.bias is not None:
-                mapping.out[f"{name}.attn.qkv.bias"][:queries] *= factor
+                mapping.out[f"{name}.attn.qkv.A.bias"][:queries] *= factor

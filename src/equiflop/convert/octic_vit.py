@@ -94,14 +94,14 @@ def _patch_embed(mapping: Mapping, embed: PatchEmbed, channels: int) -> None:
         scale = 0.5 if component.startswith("E") else math.sqrt(2.0) / 4.0
         rows.setdefault(component[:2].rstrip("_"), []).append(scale * unfold(quadrant, component)[0].flatten(2))
     for block in decomposition.rep.blocks():
-        name = f"proj.weight_{block.irrep.name}"
+        name = f"proj.{block.irrep.name}.weight"
         if block.multiplicity:
             pixels = basis[block.start : block.start + block.multiplicity]  # first row of the irrep
             kernel = torch.cat(rows[block.irrep.name])  # channels, in_chans, pixels
             mapping.out[f"patch_embed.{name}"] = torch.einsum("kp,ocp->okc", pixels, kernel).flatten(1)
     if embed.proj.bias is not None:
         bias = mapping.official.take("patch_embed.lift8.conv_A1.bias", (channels,))
-        mapping.out["patch_embed.proj.bias"] = bias
+        mapping.out["patch_embed.proj.A1.bias"] = bias
 
 
 def _tokens(mapping: Mapping, model: EquivariantVisionTransformer) -> None:
@@ -147,7 +147,7 @@ def _octic_block(mapping: Mapping, block: Block, name: str) -> None:
     for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         linear: Any = block.get_submodule(part)
         _linear(mapping, linear, f"{name}.{part}")
-    into, out_of = f"{name}.mlp.fc1.weight_E", f"{name}.mlp.fc2.weight_E"
+    into, out_of = f"{name}.mlp.fc1.E.weight", f"{name}.mlp.fc2.E.weight"
     mapping.out[into] = torch.einsum("ij,jcm->icm", COPIES, mapping.out[into].unflatten(0, (2, -1))).flatten(0, 1)
     mapping.out[out_of] = torch.einsum("mjc,ij->mic", mapping.out[out_of].unflatten(1, (2, -1)), COPIES).flatten(1)
 
@@ -155,9 +155,11 @@ def _octic_block(mapping: Mapping, block: Block, name: str) -> None:
 def _linear(mapping: Mapping, linear: Linear, name: str) -> None:
     for irrep, weight in linear.weights():
         found = mapping.official.take(f"{name}.lin_{irrep.name}.weight", weight.shape)
-        mapping.out[f"{name}.weight_{irrep.name}"] = found
+        mapping.out[f"{name}.{irrep.name}.weight"] = linear.gain(irrep) * found
     if linear.bias is not None:
-        mapping.out[f"{name}.bias"] = mapping.official.take(f"{name}.lin_A1.bias", linear.bias.shape)
+        trivial, _ = linear.weights()[0]
+        bias = mapping.official.take(f"{name}.lin_A1.bias", linear.bias.shape)
+        mapping.out[f"{name}.A1.bias"] = linear.gain(trivial) * bias
 
 
 def _layer_norm(mapping: Mapping, norm: LayerNorm, name: str) -> None:

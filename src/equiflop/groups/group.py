@@ -14,7 +14,6 @@ import torch
 
 from equiflop.groups.decompose import decompose_regular
 from equiflop.groups.irrep import Irrep
-from equiflop.groups.irrep import algebra_table as algebra_table
 
 #: The largest group that :meth:`FiniteGroup.from_permutations` enumerates.
 MAX_ORDER = 5040

@@ -27,12 +27,18 @@ PART_BYTES = 5_000_000
 
 
 class Mlp(NamedTuple):
-    """Linear map into the group's basis, pointwise function, linear map back."""
+    """Linear map into the group's basis, pointwise function, linear map back.
+
+    ``bias1`` and ``bias2`` are biases that depend on the token, for groups with one-dimensional irreps: what is added
+    to each irrep's row ``(N, multiplicity)`` behind either map.
+    """
 
     fc1: schur.Maps
     act: Callable[[Tensor], Tensor]
     fc2: schur.Maps
     hidden: Layout
+    bias1: list[Tensor] | None = None
+    bias2: list[Tensor] | None = None
 
 
 class Attention(NamedTuple):
@@ -136,7 +142,7 @@ def _norm_on_lanes(
 def _mlp(lanes: Sequence[Tensor], layout: Layout, mlp: Mlp, overwrite: bool) -> list[Tensor]:
     plan, copies = mlp.hidden.plan, mlp.hidden.copies
     assert plan is not None and copies is not None and layout.copies is not None
-    rows = schur.cut_all(schur.on_lanes(lanes, layout, mlp.fc1), copies)
+    rows = schur.cut_all(_plus(schur.on_lanes(lanes, layout, mlp.fc1), mlp.bias1, overwrite), copies)
     if overwrite:
         values = plan.synthesise_(rows)
         for i, value in enumerate(values):
@@ -147,7 +153,16 @@ def _mlp(lanes: Sequence[Tensor], layout: Layout, mlp: Mlp, overwrite: bool) -> 
         hidden = plan.analyse_(values)
     else:
         hidden = plan.analyse([mlp.act(value) for value in plan.synthesise(rows)])
-    return schur.cut_all(schur.on_lanes(hidden, mlp.hidden, mlp.fc2), layout.copies)
+    return schur.cut_all(_plus(schur.on_lanes(hidden, mlp.hidden, mlp.fc2), mlp.bias2, overwrite), layout.copies)
+
+
+def _plus(rows: list[Tensor], biases: list[Tensor] | None, overwrite: bool) -> list[Tensor]:
+    if biases is None:
+        return rows
+    biases = [bias.to(row.dtype) for row, bias in zip(rows, biases, strict=True)]
+    if overwrite:
+        return [row.add_(bias) for row, bias in zip(rows, biases, strict=True)]
+    return [row + bias for row, bias in zip(rows, biases, strict=True)]
 
 
 def _attention(lanes: Sequence[Tensor], layout: Layout, attention: Attention) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equiflop.groups.group import algebra_table
+from equiflop.groups import algebra_table
 from equiflop.kernels.layout import Layout
 
 #: Weight and bias of every irrep's block; None where the map has no block.
@@ -78,3 +78,20 @@ def cut(row: Tensor, copies: int) -> list[Tensor]:
 def cut_all(rows: Sequence[Tensor], copies: int) -> list[Tensor]:
     """All rows cut into lanes."""
     return [lane for row in rows for lane in cut(row, copies)]
+
+
+def mix_rows(x: Tensor, layout: Layout, maps: Maps) -> Tensor:
+    """The map along the first axis: ``(dim, columns)`` to the same; one product per irrep reads its rows in place."""
+    parts = []
+    for span, (weight, _) in zip(layout.spans, maps, strict=True):
+        if weight is None:
+            continue
+        rows = x[span.start : span.stop].unflatten(0, (span.dim, -1))  # d, m, columns
+        if span.algebra == 1:
+            parts += [weight @ rows[i] for i in range(span.dim)]
+            continue
+        wide = algebra_weight(weight, span.algebra)
+        joined = rows.unflatten(0, (span.algebra, -1)).transpose(0, 1).flatten(1, 2)  # d / e, e * m, columns
+        out = torch.stack([wide @ joined[i] for i in range(span.dim // span.algebra)])
+        parts.append(out.unflatten(1, (span.algebra, -1)).transpose(0, 1).flatten(0, 2))
+    return torch.cat(parts)

@@ -11,11 +11,11 @@ from typing import Any
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._registry import _model_entrypoints
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from equiflop.grids import as_image_group
 from equiflop.models.equivariant_convnext import EquivariantConvNeXt, EquivariantIsotropicConvNeXt
 from equiflop.models.equivariant_resmlp import EquivariantResMLP
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
@@ -55,21 +55,31 @@ _DEIT3_SIZES: dict[str, dict[str, Any]] = {
     "large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "patch_size": 16},
     "huge_patch14": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14},
 }
-# The published octic networks (arXiv 2505.15441) write eps = 1e-5 inside a sum that is divided by 8, weigh the rows of
-# E in their own way, and pool behind the final norm.
+# What the published networks compute, quirks included. It belongs to the group of the row: with another ``group`` the
+# model takes the defaults of its class.
+# Mirror networks (arXiv 2502.05169) write eps = 1e-6 inside a sum that is halved.
+_PUBLISHED_FLOP: dict[str, Any] = {"norm_eps": 0.5e-6}
+# ResMLP: GELU in sigmoid form, a bias wherever channel and token are of one irrep, a head that reads both kinds of
+# invariants with the same weights.
+_PUBLISHED_RESMLP: dict[str, Any] = {"act_layer": "quick_gelu", "matched_bias": True, "head": "paired"}
+# Octic networks (arXiv 2505.15441) write eps = 1e-5 inside a sum that is divided by 8, weigh the rows of E in their own
+# way, and pool behind the final norm.
+_TOKENS_OCTIC: dict[str, Any] = {"token_std": 0.16}
 _PUBLISHED_OCTIC: dict[str, Any] = {
-    "group": "octic",
+    **_TOKENS_OCTIC,
     "norm_eps": 1e-5 / 8,
     "norm_weighting": "octic",
     "fc_norm": False,
+    "plain_order": "irreps",
 }
-_DEIT3_DESIGNS: dict[str, dict[str, Any]] = {
-    "flop": {"group": "flop", "design": "equivariant"},
-    "flop_hybrid": {"group": "flop", "design": "hybrid"},
-    "flop_inv": {"group": "flop", "design": "invariant"},
-    "octic": {"group": "octic", "design": "equivariant"},
-    "octic_hybrid": {**_PUBLISHED_OCTIC, "design": "hybrid"},
-    "octic_inv": {**_PUBLISHED_OCTIC, "design": "invariant"},
+# Prefix to group, design and what is published.
+_DEIT3_DESIGNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "flop": ("flop", "equivariant", _PUBLISHED_FLOP),
+    "flop_hybrid": ("flop", "hybrid", _PUBLISHED_FLOP),
+    "flop_inv": ("flop", "invariant", _PUBLISHED_FLOP),
+    "octic": ("octic", "equivariant", _TOKENS_OCTIC),
+    "octic_hybrid": ("octic", "hybrid", _PUBLISHED_OCTIC),
+    "octic_inv": ("octic", "invariant", _PUBLISHED_OCTIC),
 }
 _RESMLP_SIZES: dict[str, dict[str, Any]] = {
     "12": {"embed_dim": 384, "num_blocks": 12, "init_values": 0.1},
@@ -90,43 +100,68 @@ _ISOTROPIC_SIZES: dict[str, dict[str, Any]] = {
     "large": {"depth": 36, "dim": 1024},
 }
 
-_MODELS: dict[str, tuple[_Family, dict[str, Any]]] = {}
-_PLAIN_TWINS: dict[str, tuple[str, dict[str, Any]]] = {}
 
-for _prefix, _design in _DEIT3_DESIGNS.items():
+@dataclass(frozen=True)
+class _Row:
+    """A model.
+
+    Attributes:
+        family: its family.
+        args: keywords of its class.
+        published: keywords that make it compute what was published; they hold for ``args["group"]`` alone.
+    """
+
+    family: _Family
+    args: dict[str, Any]
+    published: dict[str, Any] = field(default_factory=dict)
+
+    def keywords(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        """All keywords, given those of the caller."""
+        group = overrides.get("group")
+        own = group is None or as_image_group(group) == as_image_group(self.args["group"])
+        return {**self.args, **(self.published if own else {}), **overrides}
+
+
+_MODELS: dict[str, _Row] = {}
+_PLAIN_TWINS: dict[str, str] = {}
+
+for _prefix, (_group, _design, _published) in _DEIT3_DESIGNS.items():
     for _size, _args in _DEIT3_SIZES.items():
-        if _design["group"] == "octic" and _size == "tiny_patch16":
+        if _group == "octic" and _size == "tiny_patch16":
             continue  # the octic sizes start at small
         _name = f"{_prefix}_deit3_{_size}_224"
-        _MODELS[_name] = _E_VIT, {**_args, **_design}
-        _PLAIN_TWINS[_name] = f"deit3_{_size}_224", {}
+        _MODELS[_name] = _Row(_E_VIT, {**_args, "group": _group, "design": _design}, _published)
+        _PLAIN_TWINS[_name] = f"deit3_{_size}_224"
 for _size, _args in _RESMLP_SIZES.items():
-    _MODELS[f"flop_resmlp_{_size}_224"] = _E_RESMLP, {**_args, "patch_size": 16}
+    _MODELS[f"flop_resmlp_{_size}_224"] = _Row(
+        _E_RESMLP, {**_args, "patch_size": 16, "group": "flop"}, _PUBLISHED_RESMLP
+    )
     # timm's resmlp_big_24_224 has patches of 8 pixels, the published network of 16.
-    _PLAIN_TWINS[f"flop_resmlp_{_size}_224"] = f"resmlp_{_size}_224", {"patch_size": 16} if _size == "big_24" else {}
+    _PLAIN_TWINS[f"flop_resmlp_{_size}_224"] = f"resmlp_{_size}_{'patch16_' if _size == 'big_24' else ''}224"
 for _size, _args in _CONVNEXT_SIZES.items():
-    _MODELS[f"flop_convnext_{_size}"] = _E_CONVNEXT, _args
-    _PLAIN_TWINS[f"flop_convnext_{_size}"] = f"convnext_{_size}", {}
+    _MODELS[f"flop_convnext_{_size}"] = _Row(_E_CONVNEXT, {**_args, "group": "flop"}, _PUBLISHED_FLOP)
+    _PLAIN_TWINS[f"flop_convnext_{_size}"] = f"convnext_{_size}"
 for _size, _args in _ISOTROPIC_SIZES.items():
-    _MODELS[f"flop_convnext_isotropic_{_size}"] = _E_ISOTROPIC, _args
-    _PLAIN_TWINS[f"flop_convnext_isotropic_{_size}"] = f"convnext_isotropic_{_size}", {}
+    _MODELS[f"flop_convnext_isotropic_{_size}"] = _Row(_E_ISOTROPIC, {**_args, "group": "flop"}, _PUBLISHED_FLOP)
+    _PLAIN_TWINS[f"flop_convnext_isotropic_{_size}"] = f"convnext_isotropic_{_size}"
 
 _RESMLP_BIG: dict[str, Any] = {
     "num_blocks": 24,
     "embed_dim": 768,
+    "patch_size": 16,
     "mlp_ratio": 4,
     "block_layer": partial(ResBlock, init_values=1e-6),
     "norm_layer": Affine,
 }
 
 # Plain twins that timm lacks.
-_PLAIN_MODELS: dict[str, tuple[_Family, dict[str, Any]]] = {
-    "deit3_tiny_patch16_224": (
-        _VIT,
-        {**_DEIT3_SIZES["tiny_patch16"], "no_embed_class": True, "init_values": 1e-6},
+_PLAIN_MODELS: dict[str, _Row] = {
+    "deit3_tiny_patch16_224": _Row(
+        _VIT, {**_DEIT3_SIZES["tiny_patch16"], "no_embed_class": True, "init_values": 1e-6}
     ),
-    "resmlp_large_24_224": (_RESMLP, {**_RESMLP_BIG, "patch_size": 16, "embed_dim": 1280}),
-    **{f"convnext_isotropic_{size}": (_ISOTROPIC, args) for size, args in _ISOTROPIC_SIZES.items()},
+    "resmlp_big_24_patch16_224": _Row(_RESMLP, _RESMLP_BIG),
+    "resmlp_large_24_224": _Row(_RESMLP, {**_RESMLP_BIG, "embed_dim": 1280}),
+    **{f"convnext_isotropic_{size}": _Row(_ISOTROPIC, args) for size, args in _ISOTROPIC_SIZES.items()},
 }
 
 
@@ -137,20 +172,20 @@ def plain_twin(name: str) -> tuple[str, dict[str, Any]]:
         name: name of an equivariant model.
 
     Returns:
-        timm's name of the plain twin and the keywords that differ from its defaults.
+        timm's name of the plain twin (of the registered networks, where timm has none) and the keywords that differ
+        from its defaults.
 
     Raises:
         ValueError: if the name is none of an equivariant model.
 
     >>> plain_twin("flop_resmlp_big_24_224")
-    ('resmlp_big_24_224', {'patch_size': 16})
+    ('resmlp_big_24_patch16_224', {})
     """
     if name not in _PLAIN_TWINS:
         close = difflib.get_close_matches(name, _PLAIN_TWINS, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; 'equiflop models' lists them"
         raise ValueError(f"name={name!r} is not an equivariant model{hint}")
-    twin, overrides = _PLAIN_TWINS[name]
-    return twin, dict(overrides)
+    return _PLAIN_TWINS[name], {}
 
 
 def equivariant_models() -> list[str]:
@@ -168,7 +203,7 @@ def _input_cfg(family: _Family) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": None,
+        "first_conv": (),
         "classifier": "head",
         "license": "apache-2.0",
         **family.cfg,
@@ -190,7 +225,9 @@ def _refuse_pretrained(name: str, kwargs: dict[str, Any]) -> None:
     raise ValueError(f"pretrained=True: there are no weights of {name} to download{how}")
 
 
-def _entry_point(name: str, family: _Family, model_args: dict[str, Any]) -> Callable[..., nn.Module]:
+def _entry_point(name: str, row: _Row) -> Callable[..., nn.Module]:
+    family = row.family
+
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if pretrained:
             _refuse_pretrained(name, kwargs)
@@ -200,48 +237,23 @@ def _entry_point(name: str, family: _Family, model_args: dict[str, Any]) -> Call
             name,
             pretrained,
             feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-            **{**model_args, **kwargs},
+            pretrained_filter_fn=getattr(family.model_class, "fit_checkpoint", None),
+            **row.keywords(kwargs),
         )
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{name}: {family.model_class.__name__} with {model_args}."
+    create.__doc__ = f"{name}: {family.model_class.__name__} with {row.keywords({})}."
     return create
 
 
 _TO_REGISTER = {
     **_MODELS,
-    **{name: entry for name, entry in _PLAIN_MODELS.items() if not timm.is_model(name)},
+    **{name: row for name, row in _PLAIN_MODELS.items() if not timm.is_model(name)},
 }
 
-default_cfgs = generate_default_cfgs({name: _input_cfg(family) for name, (family, _) in _TO_REGISTER.items()})
-
-
-def _accept_patch_size(name: str) -> None:
-    """Let timm's ResMLP entry point take ``patch_size``.
-
-    It passes its own value beside the caller's, so that ``create_model(name, patch_size=16)`` is a TypeError ("multiple
-    values"), but the published network is exactly that. Without ``patch_size`` it is called as it is.
-    """
-    original = timm.models.model_entrypoint(name)
-
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if "patch_size" not in kwargs:
-            return original(pretrained=pretrained, **kwargs)
-        if pretrained:
-            raise ValueError(f"pretrained=True: the weights of {name} are for its own patch size")
-        model = _RESMLP_BIG | kwargs
-        out_indices = model.pop("out_indices", _RESMLP.last_features)
-        feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
-        return build_model_with_cfg(MlpMixer, name, pretrained, feature_cfg=feature_cfg, **model)
-
-    create.__name__ = create.__qualname__ = name
-    create.__module__ = original.__module__
-    create.__doc__ = original.__doc__
-    _model_entrypoints[name] = create
-
+default_cfgs = generate_default_cfgs({name: _input_cfg(row.family) for name, row in _TO_REGISTER.items()})
 
 __all__ = ["equivariant_models", "plain_twin"]  # register_model appends the entry points
 
-for _name, (_family, _args) in _TO_REGISTER.items():
-    globals()[_name] = register_model(_entry_point(_name, _family, _args))
-_accept_patch_size("resmlp_big_24_224")
+for _name, _row in _TO_REGISTER.items():
+    globals()[_name] = register_model(_entry_point(_name, _row))

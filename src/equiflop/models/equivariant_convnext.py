@@ -12,18 +12,16 @@ from timm.models._manipulate import checkpoint_seq
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from equiflop.grids import ImageGroup, as_image_group, named_image_group
+from equiflop.grids import ImageGroup, as_image_group
 from equiflop.groups import Rep
+from equiflop.kernels import layout_of
 from equiflop.models.initialise import init_linears
 from equiflop.models.isotropic_convnext import IsotropicConvNeXt
-from equiflop.nn import DepthwiseConv, Downsample, Invariants, LayerScale, Linear, Mlp, PatchEmbed
+from equiflop.nn import DepthwiseConv, Downsample, Invariants, LayerScale, Mlp, PatchEmbed
 from equiflop.nn import LayerNorm as EquivariantLayerNorm
+from equiflop.nn.checks import check_mirrored
 from equiflop.nn.invariants import InvariantKind
-
-
-def _norm(rep: Rep, dd: dict[str, Any]) -> EquivariantLayerNorm:
-    """As published: ``eps`` = 1e-6 stands in a sum that is halved for the mirror group."""
-    return EquivariantLayerNorm(rep, 0.5e-6 if rep.group == named_image_group("flop").group else 1e-6, **dd)
+from equiflop.nn.residual import residual_branch
 
 
 class EquivariantConvNeXtBlock(nn.Module):
@@ -38,6 +36,7 @@ class EquivariantConvNeXtBlock(nn.Module):
         conv_bias: whether the convolution and the linear maps have biases.
         mlp_ratio: hidden width over ``rep.dim``.
         drop_path: probability to drop the branch, per sample.
+        norm_eps: ``eps`` of the layer norm.
         device: where the parameters are made.
         dtype: dtype of the parameters.
 
@@ -55,6 +54,7 @@ class EquivariantConvNeXtBlock(nn.Module):
         conv_bias: bool = True,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -62,7 +62,8 @@ class EquivariantConvNeXtBlock(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_rep = Rep.regular_of_dim(group, int(rep.dim * mlp_ratio), f"int({rep.dim} * mlp_ratio)")
         self.conv_dw = DepthwiseConv(rep, group, kernel_size, conv_bias, **dd)
-        self.norm = _norm(rep, dd)
+        self.norm = EquivariantLayerNorm(rep, norm_eps, **dd)
+        self._layout = layout_of(rep)
         self.mlp = Mlp(rep, hidden_rep, act=act, **dd)
         self.ls = LayerScale(rep, ls_init_value, **dd) if ls_init_value else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
@@ -70,8 +71,10 @@ class EquivariantConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Three axes: with four, Inductor takes positions times channels for an image and reorders its axes.
         branch = self.conv_dw(x).permute(0, 2, 3, 1).flatten(1, 2)
-        branch = self.ls(self.mlp(self.norm(branch))).unflatten(1, x.shape[-2:])
-        return x + self.drop_path(branch.permute(0, 3, 1, 2))
+        branch = residual_branch(
+            branch, self._layout, self.norm, self.mlp, self.ls, self.drop_path, residual=False
+        )
+        return x + branch.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
 
 
 class EquivariantStem(nn.Module):
@@ -84,7 +87,7 @@ class EquivariantStem(nn.Module):
         patch_size: pixels per position along each side.
         in_chans: image channels.
         stride: pixels per position of the last feature map: mirrored sides must be a multiple of it.
-        norm: whether a layer norm follows.
+        norm_eps: ``eps`` of the layer norm that follows; None for none.
         device: where the parameters are made.
         dtype: dtype of the parameters.
 
@@ -98,7 +101,7 @@ class EquivariantStem(nn.Module):
         patch_size: int,
         in_chans: int,
         stride: int,
-        norm: bool,
+        norm_eps: float | None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -107,22 +110,14 @@ class EquivariantStem(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.group = group
         self.stride = stride
-        self._sides = ((-2, "height", group.mirrors_rows), (-1, "width", group.mirrors_columns))
         self.proj = PatchEmbed(
             rep, group, patch_size, patch_size, in_chans, strict_img_size=False, output_fmt="NHWC", **dd
         )
-        self.norm = _norm(rep, dd) if norm else nn.Identity()
+        self.norm = nn.Identity() if norm_eps is None else EquivariantLayerNorm(rep, norm_eps, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         patch = self.proj.patch_size[0]
-        for axis, side, mirrored in self._sides:
-            pixels = x.shape[axis]
-            if (mirrored and pixels % self.stride) or pixels < patch:
-                fits = max(pixels // self.stride, 1) * self.stride
-                raise ValueError(
-                    f"image {side} {pixels} is not a multiple of {self.stride}, which group {self.group.name!r} "
-                    f"needs to mirror every feature map; use {fits} or {fits + self.stride}"
-                )
+        check_mirrored(x, self.stride, patch, self.group)
         x = x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]
         return self.norm(self.proj(x)).permute(0, 3, 1, 2)
 
@@ -135,6 +130,7 @@ class EquivariantConvNeXtStage(nn.Module):
         rep: type of the channels of the stage.
         group: the group that acts on the image.
         downsample: whether the stage halves the resolution.
+        norm_eps: ``eps`` of the layer norms.
         drop_path_rates: one per block.
         block_options: keywords of :class:`EquivariantConvNeXtBlock`.
         device: where the parameters are made.
@@ -150,6 +146,7 @@ class EquivariantConvNeXtStage(nn.Module):
         group: ImageGroup,
         *,
         downsample: bool,
+        norm_eps: float,
         drop_path_rates: Sequence[float],
         block_options: dict[str, Any],
         device: torch.device | str | None = None,
@@ -161,9 +158,11 @@ class EquivariantConvNeXtStage(nn.Module):
         self.downsample: nn.Module = nn.Identity()
         if downsample:
             bias = block_options["conv_bias"]
-            self.downsample = nn.Sequential(_norm(in_rep, dd), Downsample(in_rep, rep, group, bias, **dd))
+            norm = EquivariantLayerNorm(in_rep, norm_eps, **dd)
+            self.downsample = nn.Sequential(norm, Downsample(in_rep, rep, group, bias, **dd))
+        shared = {"norm_eps": norm_eps, **block_options, **dd}
         self.blocks = nn.Sequential(
-            *[EquivariantConvNeXtBlock(rep, group, drop_path=rate, **block_options, **dd) for rate in drop_path_rates]
+            *[EquivariantConvNeXtBlock(rep, group, drop_path=rate, **shared) for rate in drop_path_rates]
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,6 +246,7 @@ class EquivariantConvNeXt(ConvNeXt):
     Args:
         group: ``"flop"``, ``"updown"``, ``"flips"`` or an :class:`~equiflop.ImageGroup` with one-dimensional irreps.
         invariants: what the head sees, see :class:`equiflop.nn.Invariants`.
+        norm_eps: ``eps`` of the equivariant layer norms.
 
     Raises:
         ValueError: if the widths do not fit the group, or the group has irreps of dimension above 1.
@@ -272,6 +272,7 @@ class EquivariantConvNeXt(ConvNeXt):
         drop_path_rate: float = 0.0,
         group: str | ImageGroup = "flop",
         invariants: InvariantKind | None = None,
+        norm_eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -287,7 +288,7 @@ class EquivariantConvNeXt(ConvNeXt):
         self.drop_rate = drop_rate
         strides = [2 if i > 0 or patch_size == 2 else 1 for i in range(len(dims))]  # as in timm
         reductions = [patch_size * math.prod(strides[: i + 1]) for i in range(len(dims))]
-        self.stem = EquivariantStem(self.reps[0], group, patch_size, in_chans, reductions[-1], norm=True, **dd)
+        self.stem = EquivariantStem(self.reps[0], group, patch_size, in_chans, reductions[-1], norm_eps, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         kernels = to_ntuple(len(dims))(kernel_sizes)
         self.stages = nn.Sequential(
@@ -297,6 +298,7 @@ class EquivariantConvNeXt(ConvNeXt):
                     rep,
                     group,
                     downsample=strides[i] == 2,
+                    norm_eps=norm_eps,
                     drop_path_rates=rates[i],
                     block_options={
                         "kernel_size": kernels[i],
@@ -326,7 +328,8 @@ class EquivariantConvNeXt(ConvNeXt):
 class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
     """An isotropic ConvNeXt whose feature maps transform under a group of mirrorings.
 
-    Keywords are those of :class:`IsotropicConvNeXt` and ``group`` and ``invariants`` of :class:`EquivariantConvNeXt`.
+    Keywords are those of :class:`IsotropicConvNeXt` and ``group``, ``invariants`` and ``norm_eps`` of
+    :class:`EquivariantConvNeXt`.
 
     Raises:
         ValueError: if the width does not fit the group, or the group has irreps of dimension above 1.
@@ -348,6 +351,7 @@ class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
         drop_path_rate: float = 0.0,
         group: str | ImageGroup = "flop",
         invariants: InvariantKind | None = None,
+        norm_eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -358,13 +362,16 @@ class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
         self._describe(in_chans, num_classes, patch_size, depth, dim)
         self.group = group
         self.rep = rep
-        self.stem = EquivariantStem(rep, group, patch_size, in_chans, patch_size, norm=False, **dd)
-        act = get_act_layer(act_layer)() if act_layer is not None else None
+        self.stem = EquivariantStem(rep, group, patch_size, in_chans, patch_size, None, **dd)
+        options: dict[str, Any] = {
+            "kernel_size": kernel_size,
+            "ls_init_value": ls_init_value,
+            "act": get_act_layer(act_layer)() if act_layer is not None else None,
+            "norm_eps": norm_eps,
+        }
         self.blocks = nn.Sequential(
             *[
-                EquivariantConvNeXtBlock(
-                    rep, group, kernel_size=kernel_size, ls_init_value=ls_init_value, act=act, drop_path=rate, **dd
-                )
+                EquivariantConvNeXtBlock(rep, group, drop_path=rate, **options, **dd)
                 for rate in calculate_drop_path_rates(drop_path_rate, depth)
             ]
         )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from timm.layers import DropPath, QuickGELU, get_act_layer, to_2tuple
+from timm.layers import DropPath, get_act_layer, to_2tuple
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
-from equiflop.grids import ImageGroup, as_image_group, grid_decomposition, named_image_group
+from equiflop.grids import ImageGroup, as_image_group, grid_decomposition
 from equiflop.groups import Rep
+from equiflop.kernels import Order, is_bare, layout_of
+from equiflop.kernels.branch import Mlp as MlpParts
+from equiflop.kernels.orders import write
 from equiflop.models.classifier import replace_classifier
+from equiflop.models.initialise import init_linears
 from equiflop.models.image_size import check_image_size
 from equiflop.nn import (
     Affine,
@@ -21,14 +24,12 @@ from equiflop.nn import (
     GridTransform,
     Invariants,
     LayerScale,
-    Linear,
     Mlp,
     PatchEmbed,
     TokenMixing,
-    join,
-    split,
 )
 from equiflop.nn.invariants import InvariantKind
+from equiflop.nn.residual import residual_branch
 
 
 class MatchedBias(FixedTensors):
@@ -42,6 +43,7 @@ class MatchedBias(FixedTensors):
         rep: type of the channels.
         group: the group that acts on the grid.
         grid_size: rows and columns of the token grid.
+        order: order of the channels, ``"irreps"`` or ``"group"``.
         device: where the parameters are made.
         dtype: dtype of the parameters.
 
@@ -55,14 +57,23 @@ class MatchedBias(FixedTensors):
         rep: Rep,
         group: ImageGroup,
         grid_size: tuple[int, int],
+        order: Literal["irreps", "group"] = "irreps",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if any(irrep.dim > 1 for irrep in group.irreps):
+            raise ValueError(f"matched_bias=True needs one-dimensional irreps; group {group.name!r} has others")
         self.rep = rep
+        self.order = Order(order)
+        self._layout = layout_of(rep)
         decomposition = grid_decomposition(group, *grid_size)
-        fields = [decomposition.matrix[block.start : block.stop].sum(0) for block in decomposition.rep.blocks()]
+        gains = self._layout.gains if order == "group" else (1.0,) * len(group.irreps)
+        fields = [
+            gain * decomposition.matrix[block.start : block.stop].sum(0)
+            for gain, block in zip(gains, decomposition.rep.blocks(), strict=True)
+        ]
         self.fix("fields", np.stack(fields, axis=1), device, dtype)
         self.bias = nn.Parameter(torch.zeros(rep.dim, device=device, dtype=dtype))
 
@@ -70,28 +81,26 @@ class MatchedBias(FixedTensors):
         """Zero."""
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return join(self.forward_blocks(split(x, self.rep)))
-
-    def forward_blocks(self, blocks: Sequence[Tensor], scales: Sequence[float] | None = None) -> list[Tensor]:
-        """The same on a feature that is taken apart, the bias multiplied with a factor per irrep."""
+    def lanes(self) -> list[Tensor]:
+        """What is added to each irrep's channels, ``(rows * columns, multiplicity)``."""
         biases = self.bias.split(self.rep.multiplicities)
-        fields = self.fields.to(blocks[0].dtype).unbind(1)
-        return [
-            torch.addcmul(block, field[:, None, None], bias.to(block.dtype), value=scale)
-            for block, field, bias, scale in zip(blocks, fields, biases, scales or [1.0] * len(blocks), strict=True)
-        ]
+        fields = self.fields.to(self.bias.dtype).unbind(1)
+        return [field[:, None] * bias for field, bias in zip(fields, biases, strict=True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = write([lane.unsqueeze(-2) for lane in self.lanes()], self._layout, self.order, None)
+        return x + table.to(x.dtype)
 
 
-class PublishedChannelMlp(Mlp):
-    """The MLP across channels as in the published E(ResMLP): matched biases and the sigmoid form of GELU.
+class ChannelMlp(Mlp):
+    """An MLP across channels whose biases depend on the tokens (:class:`MatchedBias`).
 
     Args:
         rep: type of the channels.
         hidden_rep: type of the hidden channels; a multiple of the regular representation.
         group: the group that acts on the grid.
         grid_size: rows and columns of the token grid.
-        act: the pointwise function, by default the sigmoid form of GELU.
+        act: the pointwise function.
         drop: dropout after the activation and after the output.
         device: where the parameters are made.
         dtype: dtype of the parameters.
@@ -112,17 +121,20 @@ class PublishedChannelMlp(Mlp):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(rep, hidden_rep, act=QuickGELU() if act is None else act, bias=False, drop=drop, **dd)
-        self.bias1 = MatchedBias(hidden_rep, group, grid_size, **dd)
+        super().__init__(rep, hidden_rep, act=act, bias=False, drop=drop, **dd)
+        self.bias1 = MatchedBias(hidden_rep, group, grid_size, "group", **dd)
         self.bias2 = MatchedBias(rep, group, grid_size, **dd)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        scales = self.act.irrep_scales
-        blocks = self.fc1.forward_blocks(split(x, self.rep), output_scales=scales)
-        blocks = self.act.forward_blocks(self.bias1.forward_blocks(blocks, scales), overwrite=True)
-        if self.training and self.drop1.p:
-            blocks = split(self.drop1(join(blocks)), self.fc1.out_rep)
-        return self.drop2(join(self.bias2.forward_blocks(self.fc2.forward_blocks(blocks, input_scales=scales))))
+    def parts(self) -> MlpParts | None:
+        """What a kernel needs, or None where the modules have to be called."""
+        parts = super().parts()
+        if parts is None or not (is_bare(self.bias1, MatchedBias) and is_bare(self.bias2, MatchedBias)):
+            return None
+        return parts._replace(bias1=self.bias1.lanes(), bias2=self.bias2.lanes())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(self.act(self.bias1(self.fc1(x))))
+        return self.drop2(self.bias2(self.fc2(x)))
 
 
 class EquivariantResBlock(nn.Module):
@@ -132,10 +144,11 @@ class EquivariantResBlock(nn.Module):
         rep: type of the channels.
         group: the group that acts on the grid.
         grid_size: rows and columns of the token grid.
-        published: whether biases and activation are those of the published mirror network.
+        matched_bias: whether biases stand wherever channel and token are of one irrep, as in the published mirror
+            network (affine "norms" have none then), instead of on trivial channels.
         mlp_ratio: hidden width of the channel MLP over ``rep.dim``.
         init_values: initial layer scale.
-        act: the pointwise function; by default GELU, in the published network its sigmoid form.
+        act: the pointwise function; GELU by default.
         drop: dropout of the channel MLP.
         drop_path: probability to drop a branch, per sample.
         device: where the parameters are made.
@@ -150,7 +163,7 @@ class EquivariantResBlock(nn.Module):
         group: ImageGroup,
         grid_size: tuple[int, int],
         *,
-        published: bool,
+        matched_bias: bool = False,
         mlp_ratio: float = 4.0,
         init_values: float = 1e-4,
         act: nn.Module | None = None,
@@ -162,24 +175,25 @@ class EquivariantResBlock(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_rep = Rep.regular_of_dim(group, int(rep.dim * mlp_ratio), f"int({rep.dim} * mlp_ratio)")
-        self.norm1 = Affine(rep, bias=not published, **dd)
-        self.linear_tokens = TokenMixing(rep, group, grid_size, matched_bias=published, **dd)
+        self._layout = layout_of(rep)
+        self.norm1 = Affine(rep, bias=not matched_bias, **dd)
+        self.linear_tokens = TokenMixing(rep, group, grid_size, matched_bias=matched_bias, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = Affine(rep, bias=not published, **dd)
+        self.norm2 = Affine(rep, bias=not matched_bias, **dd)
         self.mlp_channels: nn.Module = (
-            PublishedChannelMlp(rep, hidden_rep, group, grid_size, act, drop, **dd)
-            if published
+            ChannelMlp(rep, hidden_rep, group, grid_size, act, drop, **dd)
+            if matched_bias
             else Mlp(rep, hidden_rep, act=act, drop=drop, **dd)
         )
         self.ls1 = LayerScale(rep, init_values, **dd)
         self.ls2 = LayerScale(rep, init_values, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.linear_tokens(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp_channels(self.norm2(x))))
+        x = residual_branch(x, self._layout, self.norm1, self.linear_tokens, self.ls1, self.drop_path)
+        return residual_branch(x, self._layout, self.norm2, self.mlp_channels, self.ls2, self.drop_path)
 
 
-class PublishedHeadInvariants(Invariants):
+class PairedInvariants(Invariants):
     """The head's invariants of the published E(ResMLP), averaged over tokens.
 
     Symmetric channels at symmetric tokens and antisymmetric channels at antisymmetric tokens are both invariant; they
@@ -209,7 +223,9 @@ class PublishedHeadInvariants(Invariants):
     ) -> None:
         super().__init__(rep, kind)
         if kind not in ("trivial", "norm"):
-            raise ValueError(f"invariants={kind!r} is not one of E(ResMLP) of group 'flop'; choose 'trivial' or 'norm'")
+            raise ValueError(f"invariants={kind!r} does not go with head='paired'; choose 'trivial' or 'norm'")
+        if group.order != 2:
+            raise ValueError(f"head='paired' needs a group of two elements; {group.name!r} has {group.order}")
         self.transform = GridTransform(group, *grid_size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,16 +248,16 @@ class EquivariantResMLP(MlpMixer):
     """A ResMLP whose features transform under a group of image symmetries.
 
     Between blocks features are plain ``(B, N, C)`` tensors, tokens in raster order, channels ordered by ``self.rep``.
-    For the mirror group it computes what the published E(ResMLP) computes, its peculiarities included (GELU in sigmoid
-    form, a bias on antisymmetric channels at antisymmetric tokens, a head that reads both kinds of invariants with the
-    same weights); other groups use exact GELU, biases on trivial channels and the mean of the invariants.
 
     Keywords of timm's ResMLP keep their meaning; those of our own are:
 
     Args:
         group: ``"flop"``, ``"updown"``, ``"flips"``, ``"rot4"``, ``"octic"`` or an :class:`~equiflop.ImageGroup`.
-        invariants: what the head sees: ``"trivial"`` or ``"norm"``; for other groups than ``flop`` also
-            ``"power_spectrum"`` or ``"polynomial"``. See :class:`equiflop.nn.Invariants`.
+        invariants: what the head sees; see :class:`equiflop.nn.Invariants`.
+        matched_bias: a bias wherever channel and token are of one irrep, as published for the mirror group, in place of
+            biases on trivial channels. For groups with one-dimensional irreps.
+        head: ``"mean"``, invariants of every token, averaged; or ``"paired"``, as published for the mirror group:
+            symmetric channels at symmetric tokens and antisymmetric ones at antisymmetric tokens share weights.
         init_values: initial layer scale.
 
     Raises:
@@ -267,6 +283,8 @@ class EquivariantResMLP(MlpMixer):
         global_pool: str = "avg",
         group: str | ImageGroup = "flop",
         invariants: InvariantKind | None = None,
+        matched_bias: bool = False,
+        head: Literal["mean", "paired"] = "mean",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -276,7 +294,8 @@ class EquivariantResMLP(MlpMixer):
         check_image_size(group, img_size)
         rep = Rep.regular_of_dim(group, embed_dim, "embed_dim")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        published = group == named_image_group("flop")
+        if head not in ("mean", "paired"):
+            raise ValueError(f"head={head!r} is unknown; choose 'mean' or 'paired'")
         stem = PatchEmbed(rep, group, img_size, to_2tuple(patch_size), in_chans, **dd)
         grid = stem.grid_size
 
@@ -286,7 +305,7 @@ class EquivariantResMLP(MlpMixer):
                 rep,
                 group,
                 grid,
-                published=published,
+                matched_bias=matched_bias,
                 mlp_ratio=mlp_ratio,
                 init_values=init_values,
                 act=act,
@@ -317,7 +336,7 @@ class EquivariantResMLP(MlpMixer):
         self.stem = stem
         kind: InvariantKind = invariants or "trivial"
         self.invariants: Invariants = (
-            PublishedHeadInvariants(rep, kind, group, grid, **dd) if published else MeanInvariants(rep, kind, **dd)
+            PairedInvariants(rep, kind, group, grid, **dd) if head == "paired" else MeanInvariants(rep, kind, **dd)
         )
         self.head_hidden_size = self.invariants.out_features
         self.head_norm = Affine(Rep.trivial(group, self.head_hidden_size), **dd)
@@ -328,13 +347,7 @@ class EquivariantResMLP(MlpMixer):
         """Linear maps truncated normal 0.02, biases 0, as published; patch embedding as ``nn.Conv2d``."""
         if not hasattr(self, "head_norm"):
             return  # timm's constructor calls this before the parts of this class exist
-        for name, module in self.named_modules():
-            if isinstance(module, (Linear, nn.Linear)) and not name.startswith("stem"):
-                for parameter in module.parameters():
-                    if parameter is module.bias:
-                        nn.init.zeros_(parameter)
-                    else:
-                        nn.init.trunc_normal_(parameter, std=0.02)
+        init_linears(self, skip=("stem",))
 
     def feature_rep(self, block: int) -> Rep:
         """Type of the features after block ``block``."""

@@ -71,6 +71,10 @@ class PatchDecoder(nn.Module):
         """MACs of the transform for one token, without the linear map: 0 where it is made of additions."""
         return self.channels * self.transform.macs_per_channel
 
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds of the transform to pixels; the linear map is a module of its own."""
+        return shapes[0][:-1].numel() * self.macs_per_token
+
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.proj(x).unflatten(-1, (-1, self.channels))  # B, rows, columns, pixels in irreps, channels
         patches = self.transform.inverse(pixels).unflatten(-2, self.patch_size)

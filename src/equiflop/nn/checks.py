@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -62,4 +63,23 @@ def check_divisible(height: int, width: int, patch_size: Sequence[int]) -> None:
             fits = max(pixels // patch, 1) * patch
             raise ValueError(
                 f"image {side} {pixels} is not a multiple of the patch {side} {patch}; use {fits} or {fits + patch}"
+            )
+
+
+def check_mirrored(x: Tensor, stride: int, patch: int, group: Any) -> None:
+    """See that every feature map of a network that halves its resolution can be mirrored.
+
+    Raises:
+        ValueError: if a mirrored side is no multiple of ``stride``, the pixels per position of the last feature map.
+    """
+    if has_torch_function_unary(x):
+        handle_torch_function(check_mirrored, (x,), x, stride, patch, group)
+        return
+    sides = (("height", group.mirrors_rows), ("width", group.mirrors_columns))
+    for (side, mirrored), pixels in zip(sides, x.shape[-2:], strict=True):
+        if (mirrored and pixels % stride) or pixels < patch:
+            fits = max(pixels // stride, 1) * stride
+            raise ValueError(
+                f"image {side} {pixels} is not a multiple of {stride}, which group {group.name!r} "
+                f"needs to mirror every feature map; use {fits} or {fits + stride}"
             )

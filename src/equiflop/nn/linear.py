@@ -206,9 +206,14 @@ class Linear(FixedTensors):
         found: list[tuple[Tensor | None, Tensor | None]] = []
         if not is_bare(self, Linear):
             return None
-        for name in self._irreps:
+        for name, m_in, m_out in zip(
+            self._irreps, self.in_rep.multiplicities, self.out_rep.multiplicities, strict=True
+        ):
+            if m_in == m_out == 0:
+                found.append((None, None))
+                continue
             child = None if name is None else getattr(self, name)
-            if child is None or not (is_bare(child, nn.Linear) or is_bare(child, AlgebraLinear)):
+            if child is None or not m_in or not (is_bare(child, nn.Linear) or is_bare(child, AlgebraLinear)):
                 return None
             found.append((child.weight, getattr(child, "bias", None)))
         return tuple(found)

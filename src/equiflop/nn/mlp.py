@@ -60,7 +60,7 @@ class Mlp(PlainMlp):
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
-        if not (is_bare(self, Mlp) and is_bare(self.norm, nn.Identity) and is_bare(self.act, type(self.act))):
+        if not (is_bare(self, type(self)) and is_bare(self.norm, nn.Identity) and is_bare(self.act, type(self.act))):
             return None
         if not all(is_bare(drop, Dropout) and (drop.p == 0.0 or not drop.training) for drop in (self.drop1, self.drop2)):
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,11 +45,15 @@ class ToSpatial(FixedTensors):
         """MACs for one vector: 0 where the transform is made of additions, else ``|G|`` per channel."""
         return 0 if self.plan is not None else self.rep.group.order * self.rep.dim
 
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds for an input ``(..., rep.dim)``."""
+        return math.prod(shapes[0][:-1]) * self.macs_per_vector
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.unflatten(-1, (self.rep.group.order, -1))
+        order, n = self.rep.group.order, self.rep.dim // self.rep.group.order
         if self.plan is None:
-            return self.fourier.mT.to(x.dtype) @ rows
-        scaled = [row * scale for row, scale in zip(rows.unbind(-2), self.plan.scale, strict=True)]
+            return self.fourier.mT.to(x.dtype) @ x.unflatten(-1, (order, n))
+        scaled = [x[..., k * n : (k + 1) * n] * scale for k, scale in enumerate(self.plan.scale)]
         return torch.stack(self.plan.synthesise(scaled), dim=-2)
 
     def extra_repr(self) -> str:

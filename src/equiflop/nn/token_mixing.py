@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiflop.grids import ImageGroup
-from equiflop.groups import Irrep, Rep
+from equiflop.groups import Rep
+from equiflop.kernels import layout_of
+from equiflop.kernels.schur import mix_rows
+from equiflop.nn.checks import check_axis
 from equiflop.nn.grid import GridTransform
-from equiflop.nn.linear import Linear, algebra_weight
+from equiflop.nn.linear import Linear
 
 
 class TokenMixing(nn.Module):
@@ -53,11 +57,13 @@ class TokenMixing(nn.Module):
         self.transform = GridTransform(group, *grid_size, device=device, dtype=dtype)
         tokens = self.transform.rep
         self.linear = Linear(tokens, tokens, bias=False, device=device, dtype=dtype)
+        self._layout = layout_of(tokens)
         biases = sum(tokens.multiplicities) if matched_bias else tokens.multiplicities[0]
         self.bias = nn.Parameter(torch.zeros(biases, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Bias 0; the weights reset themselves."""
+        """Weights as :class:`equiflop.nn.Linear`, bias 0."""
+        self.linear.reset_parameters()
         nn.init.zeros_(self.bias)
 
     @property
@@ -65,38 +71,34 @@ class TokenMixing(nn.Module):
         """MACs for one channel of one image, the transforms included where they are matrix products."""
         return self.linear.macs_per_vector + 2 * self.transform.macs_per_channel
 
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds of the transform back; linear map and transform are modules that count themselves."""
+        return shapes[0][0] * shapes[0][-1] * self.transform.macs_per_channel
+
     def forward(self, x: Tensor) -> Tensor:
-        coordinates = self.transform(x)
-        weights = {irrep.name: weight for irrep, weight in self.linear.weights()}
-        mixed = []
+        check_axis(x, self.rep.dim, repr(self.rep))
+        maps = self.linear.maps() if isinstance(self.linear, Linear) else None
+        # Tokens first: then all images and channels are columns of one product, and nothing is turned but by copies
+        # that are made anyway.
+        rows = self.transform(x.transpose(0, 1).flatten(1))
+        mixed = self.linear(rows.mT).mT if maps is None else mix_rows(rows, self._layout, maps)
+        mixed = mixed.unflatten(-1, (-1, self.rep.dim)) + self._bias(mixed)
+        return self.transform.inverse(mixed.flatten(1)).unflatten(-1, (-1, self.rep.dim)).transpose(0, 1)
+
+    def _bias(self, like: Tensor) -> Tensor:
+        """Shape ``(rows * columns, 1, rep.dim)``, or fewer rows that broadcast."""
         start = 0
+        parts = []
         for token_block, channel_block in zip(self.transform.rep.blocks(), self.rep.blocks(), strict=True):
-            irrep, count = token_block.irrep, token_block.multiplicity
-            if not count:
-                continue
-            rows = coordinates[:, token_block.start : token_block.stop].unflatten(1, (irrep.dim, count))
-            block = _mix(rows, weights[irrep.name], irrep)
-            if start < len(self.bias):
+            count = token_block.multiplicity
+            rows = token_block.stop - token_block.start
+            if start < len(self.bias) and count:
                 bias = self.bias[start : start + count, None].expand(count, channel_block.multiplicity)
-                pad = (channel_block.start, self.rep.dim - channel_block.stop)
-                block = block + nn.functional.pad(bias, pad)
+                parts.append(F.pad(bias, (channel_block.start, self.rep.dim - channel_block.stop)))
+            elif rows:
+                parts.append(self.bias.new_zeros(rows, self.rep.dim))
             start += count
-            mixed.append(block.flatten(1, 2))
-        return self.transform.inverse(torch.cat(mixed, dim=1))
+        return torch.cat(parts).unsqueeze(1).to(like.dtype)
 
     def extra_repr(self) -> str:
         return f"channels {self.rep}, matched_bias={self.matched_bias}"
-
-
-def _mix(rows: Tensor, weight: Tensor, irrep: Irrep) -> Tensor:
-    """One irrep's block on token coordinates: shape ``(B, d, m, channels)`` to the same."""
-    e = irrep.endomorphism_dim
-    copies = irrep.regular_multiplicity
-    wide = (
-        rows if e == 1 else rows.unflatten(1, (e, copies)).transpose(1, 2).flatten(2, 3)
-    )  # B, copies, e * m, channels
-    if e > 1:
-        weight = algebra_weight(weight.unflatten(0, (e, -1)))
-    batch = wide.flatten(0, 1)
-    mixed = torch.bmm(weight.expand(batch.shape[0], -1, -1), batch).unflatten(0, wide.shape[:2])
-    return mixed if e == 1 else mixed.unflatten(2, (e, -1)).transpose(1, 2).flatten(1, 2)
