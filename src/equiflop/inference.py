@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from equiflop.nn import Block, LayerNorm, LayerScale
-from equiflop.nn.attention import Attention
-from equiflop.nn.linear import Linear
-from equiflop.nn.mlp import Mlp
+from equiflop.groups import Rep
+from equiflop.models.equivariant_convnext import EquivariantConvNeXtBlock
+from equiflop.models.equivariant_resmlp import ChannelMlp, EquivariantResBlock
+from equiflop.nn import Affine, Block, LayerNorm, LayerScale, Linear
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
     """A compiled copy of a network for inference on fixed weights.
 
-    In the transformer blocks of ours layer scales, scale and bias of the layer norms, and factors of the Fourier
-    transforms move into the linear maps; then the copy is compiled by ``torch.compile`` with its parameters as
-    constants. A plain network is compiled alone. On a CUDA device the kernels are recorded as a CUDA graph, one for
-    every shape of the input, which saves the time to launch them.
+    In the blocks of ours layer scales, scale and bias of the norms move into the linear maps beside them; then the copy
+    is compiled by ``torch.compile``. A plain network is compiled alone. On a CUDA device parameters become constants
+    and the kernels are recorded as a CUDA graph, one for every shape of the input, which saves the time to launch them.
 
     Args:
         model: any network of ours or of timm, on the device where it will run; it is not changed, nor is its state
@@ -31,63 +31,69 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     """
     fixed = copy.deepcopy(getattr(model, "_orig_mod", model)).eval().requires_grad_(False)
     for module in fixed.modules():
-        if isinstance(module, Block):
-            fold_constants(module)
-    graphs = any(tensor.is_cuda for tensor in fixed.parameters())
+        fold_constants(module)
+    if not any(tensor.is_cuda for tensor in fixed.parameters()):
+        # Not frozen: on CPUs Inductor's packed products gain nothing here, and split the loops around them.
+        return torch.compile(fixed)  # type: ignore[return-value]
     compiled: nn.Module = torch.compile(  # type: ignore[assignment]
-        fixed, options={"freezing": True, "triton.cudagraphs": graphs}
+        fixed, options={"freezing": True, "triton.cudagraphs": True}
     )
-    if graphs:
-        compiled.register_forward_pre_hook(lambda module, inputs: torch.compiler.cudagraph_mark_step_begin())
-        compiled.register_forward_hook(lambda module, inputs, outputs: tree_map(torch.clone, outputs))
+    compiled.register_forward_pre_hook(lambda module, inputs: torch.compiler.cudagraph_mark_step_begin())
+    compiled.register_forward_hook(lambda module, inputs, outputs: tree_map(torch.clone, outputs))
     return compiled
 
 
 @torch.no_grad()
-def fold_constants(block: Block) -> None:
-    """Move layer scales and affine parts of layer norms into the linear maps beside them; the function stays."""
-    for norm, branch, name in ((block.norm1, block.attn, "ls1"), (block.norm2, block.mlp, "ls2")):
-        scale = getattr(block, name)
-        assert isinstance(branch, (Attention, Mlp))
-        first, last = (branch.qkv, branch.proj) if isinstance(branch, Attention) else (branch.fc1, branch.fc2)
-        if isinstance(scale, LayerScale):
-            _scale_outputs(last, scale)
-            setattr(block, name, nn.Identity())
-        if norm.weight is not None and (norm.bias is None or first.bias is not None):
-            _absorb_affine(first, norm)
-    assert isinstance(block.mlp, Mlp)
-    _absorb_irrep_scales(block.mlp)
+def fold_constants(module: nn.Module) -> None:
+    """Move norms' affine parts and layer scales of a block into its linear maps; the function stays.
+
+    Token mixing of ResMLP acts on tokens, so that its factors per channel have no place in its weights and stay.
+    """
+    if isinstance(module, Block):
+        _fold_scale(module, "ls1", module.attn.proj)
+        _fold_scale(module, "ls2", module.mlp.fc2)
+        _fold_norm(module, "norm1", module.attn.qkv)
+        _fold_norm(module, "norm2", module.mlp.fc1)
+    elif isinstance(module, EquivariantConvNeXtBlock):
+        _fold_scale(module, "ls", module.mlp.fc2)
+        _fold_norm(module, "norm", module.mlp.fc1)
+    elif isinstance(module, EquivariantResBlock):
+        mlp: Any = module.mlp_channels
+        scale = module.ls2
+        if isinstance(mlp, ChannelMlp) and isinstance(scale, LayerScale):
+            mlp.bias2.bias.mul_(scale.gamma)
+        _fold_scale(module, "ls2", mlp.fc2)
+        _fold_norm(module, "norm2", mlp.fc1)
 
 
-def _scale_outputs(linear: Linear, scale: LayerScale) -> None:
-    gains = dict(zip((irrep.name for irrep in scale.rep.group.irreps), _split(scale.gamma, scale), strict=True))
+def _fold_scale(block: nn.Module, name: str, linear: Linear) -> None:
+    scale = getattr(block, name)
+    if not isinstance(scale, LayerScale):
+        return
+    gains = _by_irrep(scale.gamma, scale.rep)
     for irrep, weight in linear.weights():
         weight.mul_(gains[irrep.name].repeat(irrep.endomorphism_dim)[:, None])
     if linear.bias is not None:
-        linear.bias.mul_(_split(scale.gamma, scale)[0])
+        linear.bias.mul_(gains[scale.rep.group.irreps[0].name])
+    setattr(block, name, nn.Identity())
 
 
-def _absorb_affine(linear: Linear, norm: LayerNorm) -> None:
-    assert norm.weight is not None
-    gains = dict(zip((irrep.name for irrep in norm.rep.group.irreps), _split(norm.weight, norm), strict=True))
+def _fold_norm(block: nn.Module, name: str, linear: Linear) -> None:
+    norm = getattr(block, name)
+    if not isinstance(norm, (LayerNorm, Affine)) or (norm.bias is not None and linear.bias is None):
+        return
     if norm.bias is not None and linear.bias is not None:
-        trivial = linear.weights()[0][1]
-        linear.bias.add_(trivial @ norm.bias)
-    for irrep, weight in linear.weights():
-        weight.mul_(gains[irrep.name])
-    norm.weight = norm.bias = None
-
-
-def _absorb_irrep_scales(mlp: Mlp) -> None:
-    """The factors of the Fourier transforms go into the weights, so that the products are plain ones."""
-    for linear in (mlp.fc1, mlp.fc2):
-        scales = dict(zip(linear.in_rep.group.irreps, mlp.act.irrep_scales, strict=True))
+        linear.bias.add_(linear.weights()[0][1] @ norm.bias)
+    if norm.weight is not None:
+        gains = _by_irrep(norm.weight, norm.rep)
         for irrep, weight in linear.weights():
-            weight.mul_(scales[irrep])
-    if mlp.fc1.bias is not None:
-        mlp.fc1.bias.mul_(mlp.act.irrep_scales[0])
-    mlp.act.irrep_scales = (1.0,) * len(mlp.act.irrep_scales)
+            weight.mul_(gains[irrep.name])
+    if isinstance(norm, Affine):
+        setattr(block, name, nn.Identity())
+    else:
+        norm.weight = norm.bias = None
 
 
-def _split(values: torch.Tensor, module: LayerNorm | LayerScale) -> tuple[torch.Tensor, ...]:
-    return values.split(module.rep.multiplicities)
+def _by_irrep(values: Tensor, rep: Rep) -> dict[str, Tensor]:
+    names = (irrep.name for irrep in rep.group.irreps)
+    return dict(zip(names, values.split(rep.multiplicities), strict=True))

@@ -14,6 +14,7 @@ from equiflop.benchmark.fractions import Fractions, split_time
 from equiflop.benchmark.memory import peak_memory
 from equiflop.benchmark.timing import Spread, time_in_turns
 from equiflop.inference import optimize_for_inference
+from equiflop.models.entry_points import plain_settings
 from equiflop.training.evaluation import MirrorAveraged
 from equiflop.training.model_spec import check_takes, create_model, input_keywords
 from equiflop.training.progress import Progress
@@ -161,11 +162,10 @@ def _networks(name: str, config: BenchConfig, device: torch.device) -> list[_Net
     wanted: list[tuple[str, dict[str, Any], int]] = [(name, dict(config.settings), 1)]
     if name in equiflop.equivariant_models():
         twin, overrides = equiflop.plain_twin(name)
-        own = ("group", "invariants", "multiplicities")
-        plain_settings = {k: v for k, v in config.settings.items() if k not in own}
-        wanted.append((twin, overrides | plain_settings, 1))
+        settings = overrides | plain_settings(name, config.settings)
+        wanted.append((twin, settings, 1))
         if config.mirrored:
-            wanted.append((twin, overrides | plain_settings, 2))
+            wanted.append((twin, settings, 2))
     networks: list[_Network] = []
     for model_name, settings, views in wanted:
         size = input_keywords(model_name, (3, *config.image_size))

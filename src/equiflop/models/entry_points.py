@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.convnext import ConvNeXt
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -42,6 +44,12 @@ _E_VIT = _Family(EquivariantVisionTransformer, cfg=_FIXED_SIZE)
 _E_RESMLP = _Family(EquivariantResMLP, cfg=_FIXED_SIZE)
 _E_CONVNEXT = _Family(EquivariantConvNeXt, (0, 1, 2, 3), {"classifier": "head.fc"})
 _E_ISOTROPIC = _Family(EquivariantIsotropicConvNeXt, cfg={"classifier": "head.fc"})
+_PLAIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    EquivariantVisionTransformer: VisionTransformer,
+    EquivariantResMLP: MlpMixer,
+    EquivariantConvNeXt: ConvNeXt,
+    EquivariantIsotropicConvNeXt: IsotropicConvNeXt,
+}
 _VIT = _Family(VisionTransformer, cfg={**_FIXED_SIZE, "first_conv": "patch_embed.proj"})
 _RESMLP = _Family(MlpMixer, cfg={**_FIXED_SIZE, "first_conv": "stem.proj"})
 _ISOTROPIC = _Family(IsotropicConvNeXt, cfg={"classifier": "head.fc", "first_conv": "stem"})
@@ -191,6 +199,18 @@ def plain_twin(name: str) -> tuple[str, dict[str, Any]]:
 def equivariant_models() -> list[str]:
     """Names of all equivariant models, family by family."""
     return list(_PLAIN_TWINS)
+
+
+def own_keywords(equivariant: type[nn.Module], plain: type[nn.Module]) -> frozenset[str]:
+    """Keywords of an equivariant class that its plain twin does not have."""
+    ours, theirs = (set(inspect.signature(cls).parameters) for cls in (equivariant, plain))
+    return frozenset(ours - theirs)
+
+
+def plain_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of an equivariant model that hold for its plain twin as well."""
+    own = own_keywords(_MODELS[name].family.model_class, _PLAIN_CLASSES[_MODELS[name].family.model_class])
+    return {key: value for key, value in settings.items() if key not in own}
 
 
 def _input_cfg(family: _Family) -> dict[str, Any]:

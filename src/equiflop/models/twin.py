@@ -33,20 +33,13 @@ from torch import nn
 
 from equiflop import nn as enn
 from equiflop.grids import ImageGroup, as_image_group
+from equiflop.models.entry_points import own_keywords
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
+from equiflop.nn.attention import Heads
 from equiflop.models.transition import ToInvariants, ToIrrepOrder, ToRegular
 
 _KEYWORDS = tuple(inspect.signature(EquivariantVisionTransformer).parameters)
-_OWN_KEYWORDS = (
-    "group",
-    "design",
-    "equivariant_depth",
-    "invariants",
-    "multiplicities",
-    "norm_eps",
-    "norm_weighting",
-    "plain_norm_eps",
-)
+_OWN_KEYWORDS = own_keywords(EquivariantVisionTransformer, VisionTransformer)
 
 #: Pointwise activations without parameters, by the names that timm knows them by.
 POINTWISE = (
@@ -65,7 +58,12 @@ _MODEL_SETTINGS = (
 _INPUT_SETTINGS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
-def twin(model: str | nn.Module, group: str | ImageGroup = "flop", **overrides: Any) -> EquivariantVisionTransformer:
+def twin(
+    model: str | nn.Module,
+    group: str | ImageGroup = "flop",
+    heads: Heads | None = None,
+    **overrides: Any,
+) -> EquivariantVisionTransformer:
     """The untrained equivariant twin E(X) of a vision transformer X of timm.
 
     It has X's width, depth, heads, patches, tokens, norms, scales, activation, pooling, head and dropouts, the epsilon
@@ -78,6 +76,8 @@ def twin(model: str | nn.Module, group: str | ImageGroup = "flop", **overrides: 
         model: a name that timm knows (built without memory, to be read), or a network. The twin of a network gets its
             dtype, device, and training or evaluation mode.
         group: ``"flop"``, ``"updown"``, ``"flips"``, ``"rot4"``, ``"octic"`` or an :class:`~equiflop.ImageGroup`.
+        heads: ``"coupled"`` or ``"regular"``, see :class:`equiflop.nn.Attention`; by default regular where ``|G|``
+            divides the number of heads, else coupled.
         **overrides: keywords of :class:`EquivariantVisionTransformer` that replace what was read, such as
             ``num_classes``, ``img_size`` or ``design="hybrid"``.
 
@@ -88,14 +88,14 @@ def twin(model: str | nn.Module, group: str | ImageGroup = "flop", **overrides: 
 
     >>> model = twin("vit_small_patch16_224", device="meta")
     >>> model.rep, len(model.blocks), model.norm.eps
-    (Rep(flop: 192 A + 192 B), 12, 1e-06)
+    (Rep(C2: 192 A + 192 B), 12, 1e-06)
     >>> twin("vit_base_patch16_siglip_224", device="meta")
     Traceback (most recent call last):
     ValueError: vit_base_patch16_siglip_224 has no twin: global_pool='map' breaks the symmetry: its attention mixes \
 channels of different irreps; use 'token' or 'avg'
     """
     plain, name = _plain_model(model)
-    keywords = _twin_keywords(plain, name, group, overrides)
+    keywords = _twin_keywords(plain, name, group, heads, overrides)
     if isinstance(model, nn.Module):
         weight = plain.patch_embed.proj.weight
         keywords = {"device": weight.device, "dtype": weight.dtype, **keywords}
@@ -113,9 +113,11 @@ channels of different irreps; use 'token' or 'avg'
     return made.train(plain.training)
 
 
-def twin_keywords(model: str | nn.Module, group: str | ImageGroup = "flop", **overrides: Any) -> dict[str, Any]:
+def twin_keywords(
+    model: str | nn.Module, group: str | ImageGroup = "flop", heads: Heads | None = None, **overrides: Any
+) -> dict[str, Any]:
     """The keywords with which :class:`EquivariantVisionTransformer` makes :func:`twin`; same arguments and errors."""
-    return _twin_keywords(*_plain_model(model), group, overrides)
+    return _twin_keywords(*_plain_model(model), group, heads, overrides)
 
 
 def _refusal(name: str, reason: str) -> ValueError:
@@ -149,12 +151,12 @@ def _plain_model(model: str | nn.Module) -> tuple[VisionTransformer, str]:
 
 
 def _twin_keywords(
-    plain: VisionTransformer, name: str, group: str | ImageGroup, overrides: dict[str, Any]
+    plain: VisionTransformer, name: str, group: str | ImageGroup, heads: Heads | None, overrides: dict[str, Any]
 ) -> dict[str, Any]:
     if overrides.get("pretrained"):
         raise ValueError("pretrained=True: weights of a plain network have no equivariant image; the twin is untrained")
     for key in overrides:
-        if key not in _KEYWORDS or key == "group":
+        if key not in _KEYWORDS or key in ("group", "heads"):
             close = difflib.get_close_matches(key, _KEYWORDS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_KEYWORDS)}"
             raise ValueError(f"override {key}={overrides[key]!r} is unknown; {hint}")
@@ -165,7 +167,11 @@ def _twin_keywords(
     difference = next(_plain_differences(plain, _rebuilt(keywords)), None)
     if difference is not None:
         raise _refusal(name, difference)
-    return {**keywords, "group": group, **overrides}
+    made = {**keywords, "group": group, **overrides}
+    if heads is None:
+        fits = made["num_heads"] % as_image_group(group).order == 0 and made.get("multiplicities") is None
+        heads = "regular" if fits else "coupled"
+    return {**made, "heads": heads}
 
 
 def _obstacles(plain: VisionTransformer) -> Iterator[str]:
@@ -323,11 +329,11 @@ def _twin_differences(made: EquivariantVisionTransformer, keywords: dict[str, An
     """Where a twin is not the counterpart of the plain network of its keywords."""
     plain = _rebuilt(keywords)
     same_eps = keywords["norm_eps"] == keywords["plain_norm_eps"]
-    # transitions to plain blocks, and the function inside a Fourier activation, are parts of our own
+    # transitions to plain blocks, and the irreps' parts of a linear map, are parts of our own
     own = tuple(
-        f"{path}." if isinstance(module, enn.FourierActivation) else path
+        f"{path}." if isinstance(module, enn.Linear) else path
         for path, module in made.named_modules()
-        if isinstance(module, (enn.FourierActivation, *_TRANSITIONS))
+        if isinstance(module, (enn.Linear, *_TRANSITIONS))
     )
     expected, found = (
         {path: _role(module, same_eps) for path, module in network.named_modules() if path and not path.startswith(own)}
@@ -358,7 +364,7 @@ def _role(module: nn.Module, with_eps: bool) -> tuple[Any, ...] | None:
         case nn.Identity() | enn.Invariants() | enn.PositionEmbedding() | enn.GridTransform():
             return None
         case enn.Linear():
-            return "linear", module.in_rep.dim, module.out_rep.dim, module.bias is not None
+            return "linear", module.in_rep.dim, module.out_order.sections * module.out_rep.dim, module.bias is not None
         case nn.Linear():
             return "linear", module.in_features, module.out_features, module.bias is not None
         case nn.Conv2d():
@@ -379,8 +385,6 @@ def _role(module: nn.Module, with_eps: bool) -> tuple[Any, ...] | None:
             return "layer scale", module.init_values
         case enn.Attention() | Attention():
             return "attention", module.num_heads
-        case enn.FourierActivation():
-            return "activation", type(module.act)
         case enn.Mlp() | Mlp():
             return ("mlp",)
         case enn.Block() | Block():
