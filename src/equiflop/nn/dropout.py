@@ -35,6 +35,7 @@ class Dropout(nn.Module):
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"p={p} is not a probability; dropout needs 0 <= p <= 1")
         self.rep = rep
+        self._layout = layout_of(rep)
         self.p = p
         self.order = order
 
@@ -46,7 +47,7 @@ class Dropout(nn.Module):
             return (copies * F.dropout(torch.ones_like(copies[..., :1, :]), self.p)).flatten(-2)
         if all(irrep.dim == 1 for irrep in self.rep.group.irreps):
             return F.dropout(x, self.p)
-        blocks = split(x, layout_of(self.rep))
+        blocks = split(x, self._layout)
         return join([block * F.dropout(torch.ones_like(block[..., :1, :]), self.p) for block in blocks])
 
     def extra_repr(self) -> str:

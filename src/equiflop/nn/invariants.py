@@ -56,6 +56,7 @@ class Invariants(FixedTensors):
         if kind not in get_args(InvariantKind):
             raise ValueError(f"invariants={kind!r} is unknown; choose from {', '.join(get_args(InvariantKind))}")
         self.rep = rep
+        self._layout = layout_of(rep)
         self.kind = kind
         copies = rep.regular_copies
         if kind in ("power_spectrum", "polynomial") and not copies:
@@ -86,7 +87,7 @@ class Invariants(FixedTensors):
             return x[..., : self.rep.multiplicities[0]]
         if self.kind == "polynomial":
             return self._polynomials(self.to_spatial(x)).flatten(-2)
-        trivial, *others = split(x, layout_of(self.rep))
+        trivial, *others = split(x, self._layout)
         if self.kind == "norm":
             norms = [
                 block.squeeze(-2).abs() if block.shape[-2] == 1 else torch.linalg.vector_norm(block, dim=-2)

@@ -57,6 +57,7 @@ class Mlp(PlainMlp):
         self.drop1 = Dropout(hidden_rep, drop, order="group")
         self.fc2 = Linear(hidden_rep, rep, bias=bias, in_order="group", **dd)
         self.drop2 = Dropout(rep, drop)
+        self._hidden = layout_of(hidden_rep)
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
@@ -68,7 +69,7 @@ class Mlp(PlainMlp):
         first, second = (fc.maps() if isinstance(fc, Linear) else None for fc in (fc1, fc2))
         if first is None or second is None:
             return None
-        return MlpParts(first, self.act, second, layout_of(fc1.out_rep))
+        return MlpParts(first, self.act, second, self._hidden)
 
 
 class Pointwise(nn.Module):
