@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from equiflop.grids import ImageGroup, named_image_group
 from equiflop.groups import (
     FiniteGroup,
+    Irrep,
     Rep,
     alternating,
     cyclic,
@@ -185,48 +186,92 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float(difference / expected.abs().max().clamp_min(1e-300))
 
 
+def gain(layer: nn.Module, irrep: Irrep) -> float:
+    """Factor of the weights against the orthonormal map's: ``sqrt(d / |G|)`` for every side in the group's basis.
+
+    Where the transform is made of additions, the factor of its rows, which then have entries 0, +1, -1 alone.
+    """
+    sides = [layer.in_order.kind, layer.out_order.kind].count("group")
+    return 1.0 if layer.by_product else (irrep.dim / layer.in_rep.group.order) ** (sides / 2)
+
+
 def dense_linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """The dense matrix ``sum_k J_k (x) W_k`` per irrep and the bias of an equivariant linear layer, float64."""
+    """The dense matrix ``sum_k J_k (x) W_k`` per irrep and the bias of an equivariant linear layer, float64.
+
+    Between orthonormal axes in the order of the irreps, whatever order the layer reads and writes; with sections each
+    row of an irrep holds theirs one behind the other.
+    """
     in_rep, out_rep = layer.in_rep, layer.out_rep
+    out_rep = Rep(out_rep.group, [m * layer.out_order.sections for m in out_rep.multiplicities])
     parameters = dict(layer.named_parameters())
     matrix = torch.zeros(out_rep.dim, in_rep.dim, dtype=torch.float64)
     row = column = 0
     for irrep, m_in, m_out in zip(in_rep.group.irreps, in_rep.multiplicities, out_rep.multiplicities, strict=True):
         height, width = irrep.dim * m_out, irrep.dim * m_in
         if m_in and m_out:
-            stored = parameters[f"weight_{irrep.name}"].detach().double()
+            stored = parameters[f"{irrep.name}.weight"].detach().double() / gain(layer, irrep)
             for k, unit in enumerate(irrep.endomorphisms):
                 part = stored[k * m_out : (k + 1) * m_out]
                 matrix[row : row + height, column : column + width] += torch.kron(torch.from_numpy(unit), part)
         row, column = row + height, column + width
     bias = torch.zeros(out_rep.dim, dtype=torch.float64)
-    if "bias" in parameters:
-        bias[: out_rep.multiplicities[0]] = parameters["bias"].detach().double()
+    trivial = in_rep.group.irreps[0]
+    if f"{trivial.name}.bias" in parameters:
+        factor = gain(layer, trivial) if layer.out_order.kind == "group" else 1.0  # added behind the input's transform
+        bias[: out_rep.multiplicities[0]] = parameters[f"{trivial.name}.bias"].detach().double() / factor
     return matrix, bias
 
 
+def section_places(rep: Rep, sections: int) -> list[list[int]]:
+    """Where the axis of each section lies on the joint axis, in which each row of an irrep holds all sections."""
+    places: list[list[int]] = [[] for _ in range(sections)]
+    start = 0
+    for irrep, m in zip(rep.group.irreps, rep.multiplicities, strict=True):
+        for row in range(irrep.dim):
+            for part in range(sections):
+                first = start + row * sections * m + part * m
+                places[part] += range(first, first + m)
+        start += irrep.dim * sections * m
+    return places
+
+
+def head_places(rep: Rep, heads: int) -> list[list[int]]:
+    """Where the channels of each head lie on the axis: its share of every row of every irrep."""
+    places: list[list[int]] = [[] for _ in range(heads)]
+    start = 0
+    for irrep, m in zip(rep.group.irreps, rep.multiplicities, strict=True):
+        share = m // heads
+        for row in range(irrep.dim):
+            for head in range(heads):
+                first = start + row * m + head * share
+                places[head] += range(first, first + share)
+        start += irrep.dim * m
+    return places
+
+
 def dense_attention(layer: nn.Module, x: Tensor) -> Tensor:
-    """Attention with an explicit vector per head: the head's share of every row of every irrep, one after the other."""
+    """Attention with an explicit vector per head.
+
+    A coupled head holds its share of every row of every irrep, one after the other; a regular one holds channels of one
+    group element's copy.
+    """
     rep, heads = layer.rep, layer.num_heads
     qkv_matrix, qkv_bias = dense_linear(layer.qkv)
     proj_matrix, proj_bias = dense_linear(layer.proj)
-    qkv = x @ qkv_matrix.T + qkv_bias
+    joint = x @ qkv_matrix.T + qkv_bias
+    qkv = [joint[..., places] for places in section_places(rep, 3)]
+    own = head_places(rep, heads)
+    if layer.heads == "regular":
+        spatial = torch.from_numpy(to_spatial(rep))
+        qkv = [part @ spatial.T for part in qkv]
+        own = torch.arange(rep.dim).view(heads, -1).tolist()
     output = torch.zeros_like(x)
-    for head in range(heads):
-        places: list[list[int]] = [[], [], []]  # on the axis of 3 * rep: queries, keys, values
-        own: list[int] = []  # on the axis of rep
-        start3 = start = 0
-        for irrep, m in zip(rep.group.irreps, rep.multiplicities, strict=True):
-            share = m // heads
-            for row in range(irrep.dim):
-                for k in range(head * share, (head + 1) * share):
-                    own.append(start + row * m + k)
-                    for part in range(3):
-                        places[part].append(start3 + row * 3 * m + part * m + k)
-            start3, start = start3 + irrep.dim * 3 * m, start + irrep.dim * m
-        q, k, v = (qkv[..., place] for place in places)
+    for places in own:
+        q, k, v = (part[..., places] for part in qkv)
         weights = torch.softmax(q @ k.mT / (rep.dim / heads) ** 0.5, dim=-1)
-        output[..., own] = weights @ v
+        output[..., places] = weights @ v
+    if layer.heads == "regular":
+        output = output @ spatial
     return output @ proj_matrix.T + proj_bias
 
 

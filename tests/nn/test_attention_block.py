@@ -224,11 +224,11 @@ def test_published_mirror_attention() -> None:
     x = torch.randn(1, tokens, 2 * half, dtype=torch.float64)
     parts = []
     for name, channels, bias in (("A", x[..., :half], layer.qkv.bias), ("B", x[..., half:], 0.0)):
-        qkv = channels @ layer.qkv.get_parameter(f"weight_{name}").T + bias
+        qkv = channels @ layer.qkv.get_parameter(f"{name}.weight").T + bias
         parts.append([t.view(tokens, heads, half // heads).transpose(0, 1) for t in qkv[0].split(half, -1)])
     logits = sum(part[0] @ part[1].mT for part in parts) / math.sqrt(2 * half / heads)
     weights = logits.softmax(-1)
     s, a = ((weights @ part[2]).transpose(0, 1).flatten(1) for part in parts)
-    s = s @ layer.proj.get_parameter("weight_A").T + layer.proj.bias
-    a = a @ layer.proj.get_parameter("weight_B").T
+    s = s @ layer.proj.get_parameter("A.weight").T + layer.proj.bias
+    a = a @ layer.proj.get_parameter("B.weight").T
     assert relative_error(layer(x)[0], torch.cat([s, a], -1)) < 1e-12

@@ -175,12 +175,12 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match=r"\(\.\.\., 4, 3\) is needed"):
             layer(torch.zeros(shape))
     state = layer.linear_state()
-    with pytest.raises(ValueError, match=r"weight_E1 of shape None.*needs \(4, 3\)"):
-        layer.load_linear_state({name: value for name, value in state.items() if name != "weight_E1"})
-    with pytest.raises(ValueError, match="weight_A of shape"):
-        layer.load_linear_state({**state, "weight_A": torch.zeros(1, 1)})
-    with pytest.raises(ValueError, match=r"weight_E2 of shape \(4, 3\).*needs None"):
-        layer.load_linear_state({**state, "weight_E2": torch.zeros(4, 3)})
+    with pytest.raises(ValueError, match=r"E1\.weight of shape None.*needs \(4, 3\)"):
+        layer.load_linear_state({name: value for name, value in state.items() if name != "E1.weight"})
+    with pytest.raises(ValueError, match=r"A\.weight of shape"):
+        layer.load_linear_state({**state, "A.weight": torch.zeros(1, 1)})
+    with pytest.raises(ValueError, match=r"E2\.weight of shape \(4, 3\).*needs None"):
+        layer.load_linear_state({**state, "E2.weight": torch.zeros(4, 3)})
     with pytest.raises(ValueError, match="depth=-1"):
         SignalNetwork(4, 3, 2, depth=-1)
 
@@ -193,7 +193,7 @@ def test_bias_is_the_same_at_all_positions() -> None:
     layer = layer_of(5)
     y = layer(torch.zeros(1, 5, 3, dtype=torch.float64))
     assert layer.bias is not None and torch.equal(y[0], layer.bias.expand(5, 4))
-    assert torch.equal(layer.linear_state()["bias"], layer.bias * math.sqrt(5))
+    assert torch.equal(layer.linear_state()["A.bias"], layer.bias * math.sqrt(5))
 
 
 @pytest.mark.parametrize("n", [1, 5, 12])

@@ -52,9 +52,9 @@ def test_parameters_are_a_basis_of_all_equivariant_maps(name: str, data: st.Data
     g = group(name)
     a, b = random_rep(g, data, "in", 2), random_rep(g, data, "out", 2)
     layer = Linear(a, b, dtype=torch.float64)
-    weights = [parameter for key, parameter in layer.named_parameters() if key != "bias"]
+    weights = [parameter for key, parameter in layer.named_parameters() if not key.endswith("bias")]
     assert sum(weight.numel() for weight in weights) == hom_dimension(a, b)
-    bias = sum(parameter.numel() for key, parameter in layer.named_parameters() if key == "bias")
+    bias = sum(parameter.numel() for key, parameter in layer.named_parameters() if key.endswith("bias"))
     assert bias == b.multiplicities[0]  # the invariant vectors
     maps = []
     with torch.no_grad():
@@ -125,10 +125,10 @@ def test_one_2d_weight_per_irrep(name: str) -> None:
     g = group(name)
     layer = Linear(Rep.regular(g, 2), Rep.regular(g, 3))
     expected = {
-        f"weight_{i.name}": (i.endomorphism_dim * 3 * i.regular_multiplicity, 2 * i.regular_multiplicity)
+        f"{i.name}.weight": (i.endomorphism_dim * 3 * i.regular_multiplicity, 2 * i.regular_multiplicity)
         for i in g.irreps
     }
-    assert {key: tuple(value.shape) for key, value in layer.state_dict().items()} == expected | {"bias": (3,)}
+    assert {key: tuple(value.shape) for key, value in layer.state_dict().items()} == expected | {f"{g.irreps[0].name}.bias": (3,)}
 
 
 def test_repr_shows_reps_and_parameters() -> None:

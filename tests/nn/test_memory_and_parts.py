@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from equiflop import Rep
-from equiflop.nn import Attention, Block, Mlp
+from equiflop.kernels import branch, layout_of
+from equiflop.nn import Block, Mlp
+from equiflop.nn.residual import residual_branch
 from oracles import group, relative_error, scramble
 from small_vits import scrambled, small_vit
 
@@ -42,21 +45,6 @@ def test_block_keeps_no_more_than_the_plain_one(name: str) -> None:
     assert bytes_kept(block, x) <= 1.02 * bytes_kept(plain, x)
 
 
-@pytest.mark.parametrize("name", ["C2", "C3", "D4", "Q8"])
-def test_recomputed_heads_give_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    g = group(name)
-    layer = scramble(Attention(Rep.regular(g, 4), 2, dtype=torch.float64))
-    x = torch.randn(2, 5, 4 * g.order, dtype=torch.float64, requires_grad=True)
-
-    def gradients() -> list[Tensor]:
-        return list(torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()]))
-
-    found = gradients()
-    monkeypatch.setattr("equiflop.nn.attention._traced_otherwise", lambda: True)
-    for a, b in zip(found, gradients(), strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms_of_torch_func() -> None:
     model = scrambled(small_vit(dtype=torch.float64))
@@ -73,53 +61,58 @@ def test_transforms_of_torch_func() -> None:
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The batch sizes that the MLPs really see."""
+    """The batch sizes that the products of a branch really see."""
     sizes: list[int] = []
-    whole: Callable[[Mlp, Tensor], Tensor] = Mlp._forward
+    whole: Callable[..., list[Tensor]] = branch._mlp
 
-    def counted(self: Mlp, x: Tensor) -> Tensor:
-        sizes.append(len(x))
-        return whole(self, x)
+    def counted(lanes: list[Tensor], *args: Any) -> list[Tensor]:
+        sizes.append(len(lanes[0]))
+        return whole(lanes, *args)
 
-    monkeypatch.setattr(Mlp, "_forward", counted)
+    monkeypatch.setattr(branch, "_mlp", counted)
     return sizes
 
 
-@pytest.mark.parametrize("name", ["C2", "C3", "D4", "Q8"])
+def mlp_branch(mlp: Mlp, x: Tensor) -> Tensor:
+    """The branch of an MLP alone: no norm, no scale."""
+    nothing = nn.Identity()
+    return residual_branch(x, layout_of(mlp.rep), nothing, mlp, nothing, nothing)
+
+
+@pytest.mark.parametrize("name", ["C2", "C4", "D4", "Q8"])
 @pytest.mark.parametrize("batch", [1, 2, 5, 8])
 def test_parts_of_the_batch_give_the_whole(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     g = group(name)
     rep = Rep.regular(g, 2)
     mlp = scramble(Mlp(rep, Rep.regular(g, 8), dtype=torch.float64)).eval()
     x = torch.randn(batch, 7, rep.dim, dtype=torch.float64)
-    expected = mlp(x).detach()
+    expected = (x + mlp(x)).detach()
     three = 3 * 7 * 8 * g.order * 8  # bytes of three of the batch
-    monkeypatch.setattr("equiflop.nn.mlp._PART_BYTES", three)
-    monkeypatch.setattr("equiflop.nn.mlp._LARGE_BYTES", three)
+    monkeypatch.setattr(branch, "PART_BYTES", three)
+    monkeypatch.setattr(branch, "LARGE_BYTES", three)
     sizes = counting(monkeypatch)
     with torch.no_grad():
-        found = mlp(x)
+        found = mlp_branch(mlp, x)
     assert sum(sizes) == batch and len(sizes) == -(-batch // 3) and max(sizes) <= 3
     assert relative_error(found, expected) < 1e-14
 
 
-def test_gradients_and_training_are_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     rep = Rep.regular(group("C2"), 2)
     mlp = Mlp(rep, Rep.regular(group("C2"), 8))
-    monkeypatch.setattr("equiflop.nn.mlp._PART_BYTES", 1)
-    monkeypatch.setattr("equiflop.nn.mlp._LARGE_BYTES", 1)
+    monkeypatch.setattr(branch, "PART_BYTES", 1)
+    monkeypatch.setattr(branch, "LARGE_BYTES", 1)
     sizes = counting(monkeypatch)
-    mlp.eval()(torch.randn(4, 3, 4))
+    mlp_branch(mlp, torch.randn(4, 3, 4))
     with torch.no_grad():
-        mlp.train()(torch.randn(4, 3, 4))
-        mlp.eval()(torch.randn(0, 3, 4))
-    assert sizes == [4, 4, 0]
+        mlp_branch(mlp, torch.randn(0, 3, 4))
+    assert sizes == [4, 0]
 
 
 @pytest.mark.slow
 def test_compiled_network_takes_every_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equiflop.nn.mlp._PART_BYTES", 10_000)
-    monkeypatch.setattr("equiflop.nn.mlp._LARGE_BYTES", 10_000)
+    monkeypatch.setattr(branch, "PART_BYTES", 10_000)
+    monkeypatch.setattr(branch, "LARGE_BYTES", 10_000)
     model = scramble(small_vit())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -160,7 +160,7 @@ def test_published_mirror_kernels(patch: tuple[int, int]) -> None:
     height, half = patch[0], patch[1] // 2
     found = kernel_of(layer)
     for name, sign, rows in (("A", 1.0, slice(0, 3)), ("B", -1.0, slice(3, 6))):
-        w = layer.proj.get_parameter(f"weight_{name}").detach().view(3, height, half, 3).permute(0, 3, 1, 2)
+        w = layer.proj.get_parameter(f"{name}.weight").detach().view(3, height, half, 3).permute(0, 3, 1, 2)
         expected = math.sqrt(0.5) * torch.cat([w, sign * w.flip(-1)], dim=-1)
         assert (found[rows] - expected).abs().max() < 1e-14
 

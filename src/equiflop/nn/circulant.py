@@ -122,11 +122,11 @@ class CirculantLinear(nn.Module):
         """
         weight = self.weight.detach()
         singles = self._real_irreps
-        state = dict(zip(("weight_A", "weight_B"), weight[:singles], strict=False))
+        state = dict(zip(("A.weight", "B.weight"), weight[:singles], strict=False))
         for k, pair in enumerate(weight[singles:].split(2) if self.n > singles else (), start=1):
-            state[f"weight_E{k}"] = pair.flatten(0, 1)
+            state[f"E{k}.weight"] = pair.flatten(0, 1)
         if self.bias is not None:
-            state["bias"] = self.bias.detach() * math.sqrt(self.n)
+            state["A.bias"] = self.bias.detach() * math.sqrt(self.n)
         return state
 
     def load_linear_state(self, state: Mapping[str, Tensor]) -> None:
@@ -143,10 +143,10 @@ class CirculantLinear(nn.Module):
                 f"state has {name} of shape {found.get(name)}; {self} needs {expected.get(name)} (None: not there)"
             )
         with torch.no_grad():
-            stacked = torch.cat([state[name] for name in own if name != "bias"])
+            stacked = torch.cat([state[name] for name in own if name != "A.bias"])
             self.weight.copy_(stacked.view_as(self.weight))
             if self.bias is not None:
-                self.bias.copy_(state["bias"] / math.sqrt(self.n))
+                self.bias.copy_(state["A.bias"] / math.sqrt(self.n))
 
     def extra_repr(self) -> str:
         return f"n={self.n}, {self.in_channels} -> {self.out_channels} channels, bias={self.bias is not None}"

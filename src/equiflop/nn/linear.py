@@ -170,8 +170,13 @@ class Linear(FixedTensors):
             self.bias.zero_()
 
     def gain(self, irrep: Irrep) -> float:
-        """Factor of an irrep's weights (and bias) against those of the map between orthonormal bases."""
+        """Factor of an irrep's weights against those of the map between orthonormal bases."""
         return self._gains[irrep.name]
+
+    @property
+    def bias_gain(self) -> float:
+        """Factor of the bias against that of the map between orthonormal bases: the output's alone."""
+        return self._out_layout.gains[0] if self.out_order.kind == "group" else 1.0
 
     def weights(self) -> list[tuple[Irrep, Tensor]]:
         """The weight of every irrep that has one, shape ``(e * sections * m_out, m_in)``."""
@@ -230,11 +235,11 @@ class Linear(FixedTensors):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the names of version 1 as well: ``weight_<irrep>`` and ``bias``, between orthonormal bases."""
-        for irrep, _ in self.weights():
-            for old, new in ((f"weight_{irrep.name}", f"{irrep.name}.weight"), ("bias", f"{irrep.name}.bias")):
-                trivial = irrep is self.in_rep.group.irreps[0]
-                if prefix + old in state_dict and prefix + new not in state_dict and (trivial or old != "bias"):
-                    state_dict[prefix + new] = state_dict.pop(prefix + old) * self.gain(irrep)
+        renamed = [(f"weight_{irrep.name}", f"{irrep.name}.weight", self.gain(irrep)) for irrep, _ in self.weights()]
+        renamed.append(("bias", f"{self._irreps[0]}.bias", self.bias_gain))
+        for old, new, gain in renamed:
+            if prefix + old in state_dict and prefix + new not in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old) * gain
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -58,6 +58,7 @@ class Mlp(PlainMlp):
         self.drop1 = Dropout(hidden_rep, drop, order="group")
         self.fc2 = Linear(hidden_rep, rep, bias=bias, in_order="group", **dd)
         self.drop2 = Dropout(rep, drop)
+        self._hidden = layout_of(hidden_rep)
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
