@@ -83,9 +83,9 @@ class MatchedBias(FixedTensors):
 
     def lanes(self) -> list[Tensor]:
         """What is added to each irrep's channels, ``(rows * columns, multiplicity)``."""
-        biases = self.bias.split(self.rep.multiplicities)
-        fields = self.fields.to(self.bias.dtype).unbind(1)
-        return [field[:, None] * bias for field, bias in zip(fields, biases, strict=True)]
+        fields = self.fields.to(self.bias.dtype)
+        spans = self._layout.spans  # of one-dimensional irreps
+        return [fields[:, i, None] * self.bias[span.start : span.stop] for i, span in enumerate(spans)]
 
     def forward(self, x: Tensor) -> Tensor:
         table = write([lane.unsqueeze(-2) for lane in self.lanes()], self._layout, self.order, None)

@@ -311,7 +311,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        grid = tuple(x.shape[1:3]) if self.dynamic_img_size else None
+        grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else None
         if self.dynamic_img_size:
             x = x.flatten(1, 2)
         pad = (0, self.embed_dim - self.rep.multiplicities[0])

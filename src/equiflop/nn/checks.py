@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -66,20 +65,21 @@ def check_divisible(height: int, width: int, patch_size: Sequence[int]) -> None:
             )
 
 
-def check_mirrored(x: Tensor, stride: int, patch: int, group: Any) -> None:
+def check_mirrored(x: Tensor, stride: int, patch: int, mirrored: Sequence[bool], group: str) -> None:
     """See that every feature map of a network that halves its resolution can be mirrored.
+
+    ``mirrored`` says whether the group of that name mirrors rows, and columns.
 
     Raises:
         ValueError: if a mirrored side is no multiple of ``stride``, the pixels per position of the last feature map.
     """
     if has_torch_function_unary(x):
-        handle_torch_function(check_mirrored, (x,), x, stride, patch, group)
+        handle_torch_function(check_mirrored, (x,), x, stride, patch, mirrored, group)
         return
-    sides = (("height", group.mirrors_rows), ("width", group.mirrors_columns))
-    for (side, mirrored), pixels in zip(sides, x.shape[-2:], strict=True):
-        if (mirrored and pixels % stride) or pixels < patch:
+    for side, moves, pixels in zip(("height", "width"), mirrored, x.shape[-2:], strict=True):
+        if (moves and pixels % stride) or pixels < patch:
             fits = max(pixels // stride, 1) * stride
             raise ValueError(
-                f"image {side} {pixels} is not a multiple of {stride}, which group {group.name!r} "
+                f"image {side} {pixels} is not a multiple of {stride}, which group {group!r} "
                 f"needs to mirror every feature map; use {fits} or {fits + stride}"
             )

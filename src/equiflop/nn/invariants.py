@@ -89,8 +89,8 @@ class Invariants(FixedTensors):
         trivial, *others = split(x, layout_of(self.rep))
         if self.kind == "norm":
             norms = [
-                block.squeeze(-2).abs() if block.shape[-2] == 1 else torch.linalg.vector_norm(block, dim=-2)
-                for block in others
+                block.squeeze(-2).abs() if irrep.dim == 1 else torch.linalg.vector_norm(block, dim=-2)
+                for block, irrep in zip(others, self.rep.group.irreps[1:], strict=True)
             ]
             return torch.cat([trivial.squeeze(-2), *norms], dim=-1)
         products = [
@@ -133,7 +133,8 @@ def _column_pairs(irrep: Irrep) -> list[tuple[int, int, int]]:
 
 def _inner_products(block: Tensor, irrep: Irrep, endomorphisms: list[list[list[float]]]) -> list[Tensor]:
     """``x_i . J_k x_j`` for all pairs, each of shape ``(..., copies)``."""
-    rows = [list(row.unbind(-2)) for row in block.unflatten(-1, (irrep.regular_multiplicity, -1)).unbind(-3)]
+    apart = block.unflatten(-1, (irrep.regular_multiplicity, -1))
+    rows = [[apart[..., i, j, :] for j in range(irrep.regular_multiplicity)] for i in range(irrep.dim)]
     products = []
     for i, j, k in _column_pairs(irrep):
         terms = [

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.overrides import handle_torch_function, has_torch_function
 
 from equiflop.grids import ImageGroup, field_tables
 from equiflop.groups import Irrep, Rep
@@ -98,8 +100,8 @@ class PositionEmbedding(FixedTensors):
             shape ``(1, prefix_tokens + rows * columns, rep.dim)``, tokens in raster order.
         """
         field = self._field()
-        if grid_size is not None and tuple(grid_size) != self.grid_size:
-            field = self._resampled(field, grid_size)
+        if grid_size is not None:
+            field = _on_grid(field, grid_size[0], grid_size[1], self)
         if self.prefix is not None:
             field = torch.cat([F.pad(self.prefix, (0, self.rep.dim - self.prefix.shape[1])), field])
         return field.unsqueeze(0)
@@ -164,7 +166,9 @@ class PositionEmbedding(FixedTensors):
         rows, columns = (_resampling_matrix(old, new, wide) for old, new in zip(self.grid_size, grid_size, strict=True))
         image = (rows[:, :, None, None] * wide.unflatten(0, self.grid_size)).sum(1)  # new rows, old columns, C
         image = (columns[:, :, None] * image[:, None]).sum(2).permute(2, 0, 1)
-        square = image.shape[-1] == image.shape[-2]
+        # A symbolic size may be anything: then only what mirrors is averaged. What swaps the axes loses nothing but
+        # rounding by it, since rows and columns are resampled alike.
+        square = statically_known_true(image.shape[-1] == image.shape[-2])
         moved = [
             _act(self.rep, matrices, move(image).permute(1, 2, 0))
             for move, matrices in self._actions
@@ -174,6 +178,17 @@ class PositionEmbedding(FixedTensors):
 
     def extra_repr(self) -> str:
         return f"{self.grid_size[0]}x{self.grid_size[1]} tokens, {self.rep}"
+
+
+def _on_grid(field: Tensor, rows: int, columns: int, module: PositionEmbedding) -> Tensor:
+    """The field on another grid; one step of a symbolic trace. A size that is a symbol is never taken for the own one,
+    so that an export makes no assumption about it."""
+    if has_torch_function((rows, columns)):
+        return handle_torch_function(_on_grid, (rows, columns), field, rows, columns, module)
+    own_rows, own_columns = module.grid_size
+    if statically_known_true(rows == own_rows) and statically_known_true(columns == own_columns):
+        return field
+    return module._resampled(field, (rows, columns))
 
 
 def act_on_channels(rep: Rep, a: int, x: Tensor) -> Tensor:
