@@ -45,6 +45,7 @@ class Layout:
         spans: one per irrep, empty ones included.
         copies: copies of the regular representation, or None where the Rep is no multiple of it.
         plan: the group Fourier transform by additions, or None where there is none.
+        text: the Rep in words, for messages.
         gains: factor of each irrep's rows in the transform by additions; parameters carry it.
     """
 
@@ -54,6 +55,7 @@ class Layout:
     copies: int | None
     plan: FourierPlan | None
     gains: tuple[float, ...]
+    text: str
 
     @property
     def lane_spans(self) -> list[tuple[Span, int]]:
@@ -64,14 +66,14 @@ class Layout:
 
 @lru_cache(maxsize=1024)
 def layout_of(rep: Rep) -> Layout:
-    """The layout of a Rep, made once."""
+    """The layout of a Rep, made once; a module keeps it, since compilers cannot trace how it is made."""
     spans = tuple(
         Span(block.irrep.dim, block.irrep.endomorphism_dim, block.multiplicity, block.start, block.stop)
         for block in rep.blocks()
     )
     plan = fourier_plan(rep.group)
     gains = (1.0,) * len(spans) if plan is None else plan.irrep_scales(rep.group)
-    return Layout(rep.dim, rep.group.order, spans, rep.regular_copies or None, plan, gains)
+    return Layout(rep.dim, rep.group.order, spans, rep.regular_copies or None, plan, gains, repr(rep))
 
 
 def split(x: Tensor, layout: Layout) -> list[Tensor]:

@@ -110,6 +110,7 @@ class EquivariantStem(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.group = group
         self.stride = stride
+        self._mirrors = (group.mirrors_rows, group.mirrors_columns)
         self.proj = PatchEmbed(
             rep, group, patch_size, patch_size, in_chans, strict_img_size=False, output_fmt="NHWC", **dd
         )
@@ -117,7 +118,11 @@ class EquivariantStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patch = self.proj.patch_size[0]
+<<<<<<< HEAD
         check_mirrored(x, self.stride, patch, (self.group.mirrors_rows, self.group.mirrors_columns), self.group.name)
+=======
+        check_mirrored(x, self.stride, patch, self._mirrors, self.group.name)
+>>>>>>> main
         x = x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]
         return self.norm(self.proj(x)).permute(0, 3, 1, 2)
 

@@ -43,11 +43,12 @@ class ToIrrepOrder(nn.Module):
         if not rep.regular_copies:
             raise ValueError(f"rep={rep!r} is not a multiple of the regular representation")
         self.rep = rep
+        self._layout = layout_of(rep)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [
             block.unflatten(-1, (irrep.regular_multiplicity, -1)).transpose(-3, -2).flatten(-3)
-            for block, irrep in zip(split(x, layout_of(self.rep)), self.rep.group.irreps, strict=True)
+            for block, irrep in zip(split(x, self._layout), self.rep.group.irreps, strict=True)
         ]
         return torch.cat(parts, dim=-1)
 

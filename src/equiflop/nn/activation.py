@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from equiflop.groups import Rep, fourier_matrix, fourier_plan
+from equiflop.kernels import layout_of
 from equiflop.nn.checks import check_axis
 from equiflop.nn.fixed import FixedTensors
 
@@ -49,6 +50,7 @@ class FourierActivation(FixedTensors):
             )
         self.rep = rep
         self.copies = copies
+        self._layout = layout_of(rep)
         self.act = nn.GELU() if act is None else act
         self.plan = fourier_plan(rep.group)
         if self.plan is None:
@@ -64,7 +66,7 @@ class FourierActivation(FixedTensors):
         return math.prod(shapes[0][:-1]) * self.macs_per_vector
 
     def forward(self, x: Tensor) -> Tensor:
-        check_axis(x, self.rep.dim, repr(self.rep))
+        check_axis(x, self.rep.dim, self._layout.text)
         if self.plan is None:
             rows = x.unflatten(-1, (self.rep.group.order, self.copies))
             return (self.fourier.to(x.dtype) @ self.act(self.fourier.mT.to(x.dtype) @ rows)).flatten(-2)

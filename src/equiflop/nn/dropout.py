@@ -37,6 +37,7 @@ class Dropout(nn.Module):
         self.rep = rep
         self.p = p
         self.order = order
+        self._layout = layout_of(rep)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
@@ -46,7 +47,7 @@ class Dropout(nn.Module):
             return (copies * F.dropout(torch.ones_like(copies[..., :1, :]), self.p)).flatten(-2)
         if all(irrep.dim == 1 for irrep in self.rep.group.irreps):
             return F.dropout(x, self.p)
-        blocks = split(x, layout_of(self.rep))
+        blocks = split(x, self._layout)
         return join([block * F.dropout(torch.ones_like(block[..., :1, :]), self.p) for block in blocks])
 
     def extra_repr(self) -> str:

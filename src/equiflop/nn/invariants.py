@@ -57,6 +57,7 @@ class Invariants(FixedTensors):
             raise ValueError(f"invariants={kind!r} is unknown; choose from {', '.join(get_args(InvariantKind))}")
         self.rep = rep
         self.kind = kind
+        self._layout = layout_of(rep)
         copies = rep.regular_copies
         if kind in ("power_spectrum", "polynomial") and not copies:
             raise ValueError(
@@ -81,12 +82,12 @@ class Invariants(FixedTensors):
                 self.fix(f"elements_{degree}", np.ascontiguousarray(moved.transpose(2, 1, 0)), device)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_axis(x, self.rep.dim, repr(self.rep))
+        check_axis(x, self.rep.dim, self._layout.text)
         if self.kind == "trivial":
             return x[..., : self.rep.multiplicities[0]]
         if self.kind == "polynomial":
             return self._polynomials(self.to_spatial(x)).flatten(-2)
-        trivial, *others = split(x, layout_of(self.rep))
+        trivial, *others = split(x, self._layout)
         if self.kind == "norm":
             norms = [
                 block.squeeze(-2).abs() if irrep.dim == 1 else torch.linalg.vector_norm(block, dim=-2)

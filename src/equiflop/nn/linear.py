@@ -219,7 +219,7 @@ class Linear(FixedTensors):
         return tuple(found)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_axis(x, self.in_rep.dim, repr(self.in_rep))
+        check_axis(x, self.in_rep.dim, self._in_layout.text)
         fourier = self.fourier if self.by_product else None
         blocks = read(x, self._in_layout, self.in_order, fourier)
         outputs = [

@@ -52,6 +52,7 @@ class Mlp(PlainMlp):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(1, act_layer=nn.Identity, bias=False, device="meta")
         self.rep = rep
+        self._hidden = layout_of(hidden_rep)
         self.fc1 = Linear(rep, hidden_rep, bias=bias, out_order="group", **dd)
         self.act = nn.GELU() if act is None else act if isinstance(act, nn.Module) else Pointwise(act)
         self.drop1 = Dropout(hidden_rep, drop, order="group")
@@ -68,7 +69,7 @@ class Mlp(PlainMlp):
         first, second = (fc.maps() if isinstance(fc, Linear) else None for fc in (fc1, fc2))
         if first is None or second is None:
             return None
-        return MlpParts(first, self.act, second, layout_of(fc1.out_rep))
+        return MlpParts(first, self.act, second, self._hidden)
 
 
 class Pointwise(nn.Module):

@@ -77,7 +77,7 @@ class LayerNorm(nn.Module):
         return kernels.Norm(self.weight, self.bias, self.eps, self.weighting)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_axis(x, self.rep.dim, repr(self.rep))
+        check_axis(x, self.rep.dim, self._layout.text)
         return _layer_norm(x, self)
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from equiflop.grids import ImageGroup, field_tables
 from equiflop.groups import Irrep, Rep
-from equiflop.kernels import layout_of, split
+from equiflop.kernels import Layout, layout_of, split
 from equiflop.nn.fixed import FixedTensors
 
 
@@ -47,6 +47,7 @@ class PositionEmbedding(FixedTensors):
     ) -> None:
         super().__init__()
         self.rep = rep
+        self._layout = layout_of(rep)
         self.group = group
         if group.swaps_axes and grid_size[0] != grid_size[1]:
             side = round((grid_size[0] * grid_size[1]) ** 0.5)
@@ -113,7 +114,7 @@ class PositionEmbedding(FixedTensors):
         Args:
             field: shape ``(rows * columns, rep.dim)`` on this module's grid.
         """
-        for (irrep, rows), block in zip(self._blocks(), split(field, layout_of(self.rep)), strict=True):
+        for (irrep, rows), block in zip(self._blocks(), split(field, self._layout), strict=True):
             if not rows:
                 continue
             index, coefficients, _ = field_tables(self.group, irrep, self.grid_size)
@@ -170,7 +171,7 @@ class PositionEmbedding(FixedTensors):
         # rounding by it, since rows and columns are resampled alike.
         square = statically_known_true(image.shape[-1] == image.shape[-2])
         moved = [
-            _act(self.rep, matrices, move(image).permute(1, 2, 0))
+            _act(self._layout, matrices, move(image).permute(1, 2, 0))
             for move, matrices in self._actions
             if square or not move.transposes
         ]
@@ -193,13 +194,13 @@ def _on_grid(field: Tensor, rows: int, columns: int, module: PositionEmbedding) 
 
 def act_on_channels(rep: Rep, a: int, x: Tensor) -> Tensor:
     """Apply ``rep.matrix(a)`` to the last axis, irrep by irrep; shape ``(..., rep.dim)`` to the same."""
-    return _act(rep, [irrep.matrices[a].tolist() for irrep in rep.group.irreps], x)
+    return _act(layout_of(rep), [irrep.matrices[a].tolist() for irrep in rep.group.irreps], x)
 
 
-def _act(rep: Rep, matrices: Sequence[list[list[float]]], x: Tensor) -> Tensor:
+def _act(layout: Layout, matrices: Sequence[list[list[float]]], x: Tensor) -> Tensor:
     """Apply one matrix per irrep to the rows of its block."""
     parts = []
-    for matrix, part in zip(matrices, split(x, layout_of(rep)), strict=True):
+    for matrix, part in zip(matrices, split(x, layout), strict=True):
         rows = part.unbind(-2)
         for coefficients in matrix:
             terms = [row if c == 1.0 else row * c for c, row in zip(coefficients, rows, strict=True) if c]

@@ -58,6 +58,7 @@ class TokenMixing(nn.Module):
         tokens = self.transform.rep
         self.linear = Linear(tokens, tokens, bias=False, device=device, dtype=dtype)
         self._layout = layout_of(tokens)
+        self._channels = repr(rep)
         biases = sum(tokens.multiplicities) if matched_bias else tokens.multiplicities[0]
         self._biases = biases
         self.bias = nn.Parameter(torch.zeros(biases, device=device, dtype=dtype))
@@ -77,7 +78,7 @@ class TokenMixing(nn.Module):
         return shapes[0][0] * shapes[0][-1] * self.transform.macs_per_channel
 
     def forward(self, x: Tensor) -> Tensor:
-        check_axis(x, self.rep.dim, repr(self.rep))
+        check_axis(x, self.rep.dim, self._channels)
         maps = self.linear.maps() if isinstance(self.linear, Linear) else None
         # Tokens first: then all images and channels are columns of one product, and nothing is turned but by copies
         # that are made anyway.
