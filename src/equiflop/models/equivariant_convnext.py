@@ -118,11 +118,7 @@ class EquivariantStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patch = self.proj.patch_size[0]
-<<<<<<< HEAD
-        check_mirrored(x, self.stride, patch, (self.group.mirrors_rows, self.group.mirrors_columns), self.group.name)
-=======
         check_mirrored(x, self.stride, patch, self._mirrors, self.group.name)
->>>>>>> main
         x = x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]
         return self.norm(self.proj(x)).permute(0, 3, 1, 2)
 

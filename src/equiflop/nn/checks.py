@@ -65,12 +65,6 @@ def check_divisible(height: int, width: int, patch_size: Sequence[int]) -> None:
             )
 
 
-<<<<<<< HEAD
-def check_mirrored(x: Tensor, stride: int, patch: int, mirrored: Sequence[bool], group: str) -> None:
-    """See that every feature map of a network that halves its resolution can be mirrored.
-
-    ``mirrored`` says whether the group of that name mirrors rows, and columns.
-=======
 def check_mirrored(x: Tensor, stride: int, patch: int, mirrors: tuple[bool, bool], group: str) -> None:
     """See that every feature map of a network that halves its resolution can be mirrored.
 
@@ -80,23 +74,15 @@ def check_mirrored(x: Tensor, stride: int, patch: int, mirrors: tuple[bool, bool
         patch: pixels per position of the first.
         mirrors: whether the group mirrors rows, and columns.
         group: its name.
->>>>>>> main
 
     Raises:
         ValueError: if a mirrored side is no multiple of ``stride``, the pixels per position of the last feature map.
     """
     if has_torch_function_unary(x):
-<<<<<<< HEAD
-        handle_torch_function(check_mirrored, (x,), x, stride, patch, mirrored, group)
-        return
-    for side, moves, pixels in zip(("height", "width"), mirrored, x.shape[-2:], strict=True):
-        if (moves and pixels % stride) or pixels < patch:
-=======
         handle_torch_function(check_mirrored, (x,), x, stride, patch, mirrors, group)
         return
     for side, mirrored, pixels in zip(("height", "width"), mirrors, x.shape[-2:], strict=True):
         if (mirrored and pixels % stride) or pixels < patch:
->>>>>>> main
             fits = max(pixels // stride, 1) * stride
             raise ValueError(
                 f"image {side} {pixels} is not a multiple of {stride}, which group {group!r} "
