@@ -20,6 +20,7 @@ from equiflop.models.isotropic_convnext import IsotropicConvNeXt
 from equiflop.nn import DepthwiseConv, Downsample, Invariants, LayerScale, Mlp, PatchEmbed
 from equiflop.nn import LayerNorm as EquivariantLayerNorm
 from equiflop.nn.checks import check_mirrored
+from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.residual import residual_branch
 
@@ -320,6 +321,7 @@ class EquivariantConvNeXt(ConvNeXt):
         self.head = InvariantHead(self.reps[-1], num_classes, global_pool, invariants or "trivial", drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         _init_convnext(self, head_init_scale)
+        self.register_load_state_dict_post_hook(settle_constants)
 
     def feature_rep(self, stage: int) -> Rep:
         """Type of the channels after stage ``stage``."""
@@ -379,6 +381,7 @@ class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
         self.head = InvariantHead(rep, num_classes, global_pool, invariants or "trivial", drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         _init_convnext(self, head_init_scale)
+        self.register_load_state_dict_post_hook(settle_constants)
 
     def feature_rep(self, block: int) -> Rep:
         """Type of the channels after block ``block``."""

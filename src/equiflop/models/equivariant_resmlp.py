@@ -28,6 +28,7 @@ from equiflop.nn import (
     PatchEmbed,
     TokenMixing,
 )
+from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.residual import residual_branch
 
@@ -342,6 +343,7 @@ class EquivariantResMLP(MlpMixer):
         self.head_norm = Affine(Rep.trivial(group, self.head_hidden_size), **dd)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
+        self.register_load_state_dict_post_hook(settle_constants)
 
     def init_weights(self, nlhb: bool = False) -> None:
         """Linear maps truncated normal 0.02, biases 0, as published; patch embedding as ``nn.Conv2d``."""

@@ -23,6 +23,7 @@ from equiflop.models.image_size import check_image_size
 from equiflop.models.transition import FinalPlainNorm, FirstPlainBlock, ToInvariants, ToIrrepOrder, ToRegular
 from equiflop.nn import Block, Invariants, LayerNorm, Linear, PatchEmbed, PositionEmbedding
 from equiflop.nn.invariants import InvariantKind
+from equiflop.nn.fixed import settle_constants
 from equiflop.nn.attention import Heads, check_heads
 from equiflop.nn.norm import Weighting
 
@@ -206,6 +207,7 @@ class EquivariantVisionTransformer(VisionTransformer):
             self._make_final_norms_plain(transition, equivariant_depth == depth, dd)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        self.register_load_state_dict_post_hook(settle_constants)
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 
