@@ -20,6 +20,7 @@ from equiflop.models.isotropic_convnext import IsotropicConvNeXt
 from equiflop.nn import DepthwiseConv, Downsample, Invariants, LayerScale, Mlp, PatchEmbed
 from equiflop.nn import LayerNorm as EquivariantLayerNorm
 from equiflop.nn.checks import check_mirrored
+from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.residual import residual_branch
@@ -257,6 +258,8 @@ class EquivariantConvNeXt(ConvNeXt):
     Source: Bökman et al., arXiv 2502.05169, section 4.
     """
 
+    fit_checkpoint = staticmethod(fit_checkpoint)
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -337,6 +340,8 @@ class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
     Raises:
         ValueError: if the width does not fit the group, or the group has irreps of dimension above 1.
     """
+
+    fit_checkpoint = staticmethod(fit_checkpoint)
 
     def __init__(
         self,

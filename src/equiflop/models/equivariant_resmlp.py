@@ -28,6 +28,7 @@ from equiflop.nn import (
     PatchEmbed,
     TokenMixing,
 )
+from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.residual import residual_branch
@@ -266,6 +267,8 @@ class EquivariantResMLP(MlpMixer):
 
     Source: Bökman et al., arXiv 2502.05169, section 4.
     """
+
+    fit_checkpoint = staticmethod(fit_checkpoint)
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from equiflop.models.image_size import check_image_size
 from equiflop.models.transition import FinalPlainNorm, FirstPlainBlock, ToInvariants, ToIrrepOrder, ToRegular
 from equiflop.nn import Block, Invariants, LayerNorm, Linear, PatchEmbed, PositionEmbedding
 from equiflop.nn.invariants import InvariantKind
+from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
 from equiflop.nn.attention import Heads, check_heads
 from equiflop.nn.norm import Weighting
@@ -64,6 +65,7 @@ class EquivariantVisionTransformer(VisionTransformer):
 
     pos_embed: PositionEmbedding | None
     norm: nn.Module
+    fit_checkpoint = staticmethod(fit_checkpoint)
 
     def __init__(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from equiflop.grids import ImageGroup, field_tables
 from equiflop.groups import Irrep, Rep
 from equiflop.kernels import Layout, layout_of, split
+from equiflop.nn.fit import warn_of_fit
 from equiflop.nn.fixed import FixedTensors
 
 
@@ -142,6 +145,56 @@ class PositionEmbedding(FixedTensors):
             if new.prefix is not None and self.prefix is not None:
                 new.prefix.copy_(self.prefix)
         return new.requires_grad_(weight.requires_grad)
+
+    def fit_weights(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Resample the weights of another grid within a state dict, in place.
+
+        Args:
+            state: a state dict.
+            prefix: of this module's keys in it.
+
+        Returns:
+            what was done, or None if nothing had to be (or could be: then loading them reports the sizes).
+        """
+        names = [f"weight_{irrep.name}" for irrep, rows in self._blocks() if rows]
+        weights = {name: state[prefix + name] for name in names if isinstance(state.get(prefix + name), Tensor)}
+        own = {name: self.get_parameter(name) for name in names}
+        if weights.keys() != own.keys() or all(weights[name].shape == own[name].shape for name in names):
+            return None
+        if any(weights[name].shape[1:] != own[name].shape[1:] for name in names):
+            return None
+        grid = self._grid_of({name: len(weight) for name, weight in weights.items()})
+        if grid is None:
+            return None
+        like = weights[names[0]]
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        old = PositionEmbedding(self.rep, self.group, grid, device=like.device, dtype=dtype)
+        old.load_state_dict(weights)
+        resized = old.resized(self.grid_size).state_dict()
+        state.update({prefix + name: resized[name].to(like.dtype) for name in names})
+        return f"position embedding resampled from {grid[0]}x{grid[1]} to {self.grid_size[0]}x{self.grid_size[1]} tokens"
+
+    def _grid_of(self, rows: dict[str, int]) -> tuple[int, int] | None:
+        """The grid on which the field has so many values of each irrep: a square one, or the one whose sides are most
+        nearly in proportion to this module's; None if there is none."""
+        free = {f"weight_{irrep.name}": irrep for irrep in self.group.irreps}
+        # Every irrep occurs among the tokens as often as the field has values of it.
+        tokens = sum(count * free[name].dim // free[name].endomorphism_dim for name, count in rows.items())
+        aspect = self.grid_size[0] / self.grid_size[1]
+        sides = [(h, tokens // h) for h in range(1, tokens + 1) if tokens % h == 0]
+        sides.sort(key=lambda side: (side[0] != side[1], abs(math.log(side[0] / side[1] / aspect))))
+        for side in sides:
+            if self.group.swaps_axes and side[0] != side[1]:
+                continue
+            counts = {name: len(field_tables(self.group, free[name], side)[2]) for name in rows}
+            if counts == rows:
+                return side
+        return None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes the weights of another grid as well."""
+        warn_of_fit(self.fit_weights(state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _blocks(self) -> list[tuple[Irrep, int]]:
         return list(zip(self.group.irreps, self._rows, strict=True))
