@@ -10,6 +10,7 @@ from equiflop.equivariance import assert_equivariant
 from equiflop.groups import Action, FiniteGroup, Rep
 from equiflop.image_group import ImageGroup
 from equiflop.inference import optimize_for_inference
+from equiflop.layers import linear_layers
 from equiflop.models import equivariant_models, plain_twin, twin
 from equiflop.warnings import EquiflopWarning
 
@@ -28,6 +29,7 @@ __all__ = [
     "convert",
     "equivariant_models",
     "groups",
+    "linear_layers",
     "macs",
     "models",
     "nn",

@@ -20,6 +20,8 @@ from equiflop.models.isotropic_convnext import IsotropicConvNeXt
 from equiflop.nn import DepthwiseConv, Downsample, Invariants, LayerScale, Mlp, PatchEmbed
 from equiflop.nn import LayerNorm as EquivariantLayerNorm
 from equiflop.nn.checks import check_mirrored
+from equiflop.nn.fit import fit_checkpoint
+from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.residual import residual_branch
 
@@ -256,6 +258,8 @@ class EquivariantConvNeXt(ConvNeXt):
     Source: Bökman et al., arXiv 2502.05169, section 4.
     """
 
+    fit_checkpoint = staticmethod(fit_checkpoint)
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -320,6 +324,7 @@ class EquivariantConvNeXt(ConvNeXt):
         self.head = InvariantHead(self.reps[-1], num_classes, global_pool, invariants or "trivial", drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         _init_convnext(self, head_init_scale)
+        self.register_load_state_dict_post_hook(settle_constants)
 
     def feature_rep(self, stage: int) -> Rep:
         """Type of the channels after stage ``stage``."""
@@ -335,6 +340,8 @@ class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
     Raises:
         ValueError: if the width does not fit the group, or the group has irreps of dimension above 1.
     """
+
+    fit_checkpoint = staticmethod(fit_checkpoint)
 
     def __init__(
         self,
@@ -379,6 +386,7 @@ class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
         self.head = InvariantHead(rep, num_classes, global_pool, invariants or "trivial", drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         _init_convnext(self, head_init_scale)
+        self.register_load_state_dict_post_hook(settle_constants)
 
     def feature_rep(self, block: int) -> Rep:
         """Type of the channels after block ``block``."""

@@ -28,6 +28,8 @@ from equiflop.nn import (
     PatchEmbed,
     TokenMixing,
 )
+from equiflop.nn.fit import fit_checkpoint
+from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.residual import residual_branch
 
@@ -83,9 +85,9 @@ class MatchedBias(FixedTensors):
 
     def lanes(self) -> list[Tensor]:
         """What is added to each irrep's channels, ``(rows * columns, multiplicity)``."""
-        biases = self.bias.split(self.rep.multiplicities)
-        fields = self.fields.to(self.bias.dtype).unbind(1)
-        return [field[:, None] * bias for field, bias in zip(fields, biases, strict=True)]
+        fields = self.fields.to(self.bias.dtype)
+        spans = self._layout.spans  # of one-dimensional irreps
+        return [fields[:, i, None] * self.bias[span.start : span.stop] for i, span in enumerate(spans)]
 
     def forward(self, x: Tensor) -> Tensor:
         table = write([lane.unsqueeze(-2) for lane in self.lanes()], self._layout, self.order, None)
@@ -266,6 +268,8 @@ class EquivariantResMLP(MlpMixer):
     Source: Bökman et al., arXiv 2502.05169, section 4.
     """
 
+    fit_checkpoint = staticmethod(fit_checkpoint)
+
     def __init__(
         self,
         num_classes: int = 1000,
@@ -342,6 +346,7 @@ class EquivariantResMLP(MlpMixer):
         self.head_norm = Affine(Rep.trivial(group, self.head_hidden_size), **dd)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
+        self.register_load_state_dict_post_hook(settle_constants)
 
     def init_weights(self, nlhb: bool = False) -> None:
         """Linear maps truncated normal 0.02, biases 0, as published; patch embedding as ``nn.Conv2d``."""

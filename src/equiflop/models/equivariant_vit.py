@@ -23,6 +23,8 @@ from equiflop.models.image_size import check_image_size
 from equiflop.models.transition import FinalPlainNorm, FirstPlainBlock, ToInvariants, ToIrrepOrder, ToRegular
 from equiflop.nn import Block, Invariants, LayerNorm, Linear, PatchEmbed, PositionEmbedding
 from equiflop.nn.invariants import InvariantKind
+from equiflop.nn.fit import fit_checkpoint
+from equiflop.nn.fixed import settle_constants
 from equiflop.nn.attention import Heads, check_heads
 from equiflop.nn.norm import Weighting
 
@@ -63,6 +65,7 @@ class EquivariantVisionTransformer(VisionTransformer):
 
     pos_embed: PositionEmbedding | None
     norm: nn.Module
+    fit_checkpoint = staticmethod(fit_checkpoint)
 
     def __init__(
         self,
@@ -206,6 +209,7 @@ class EquivariantVisionTransformer(VisionTransformer):
             self._make_final_norms_plain(transition, equivariant_depth == depth, dd)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        self.register_load_state_dict_post_hook(settle_constants)
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 
@@ -311,7 +315,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        grid = tuple(x.shape[1:3]) if self.dynamic_img_size else None
+        grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else None
         if self.dynamic_img_size:
             x = x.flatten(1, 2)
         pad = (0, self.embed_dim - self.rep.multiplicities[0])

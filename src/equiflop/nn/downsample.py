@@ -59,13 +59,14 @@ class Downsample(nn.Module):
         height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
         windows = x[:, :height, :width].unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B, h, 2, w, 2, C
         windows = windows.permute(0, 1, 3, 2, 4, 5).flatten(3, 4)
-        by_pixels = self.transform(windows).split(self.transform.rep.multiplicities, dim=-2)
+        pixels = self.transform(windows)
+        rows = [(block.start, block.stop) for block in self.transform.rep.blocks()]
         channels = [(block.start, block.stop) for block in self.in_rep.blocks()]
         parts = []
         for products in self.products:
-            for j, part in enumerate(by_pixels):
-                start, stop = channels[products[j]]
-                parts.append(part[..., start:stop].flatten(-2))
+            for (first, last), product in zip(rows, products, strict=True):
+                start, stop = channels[product]
+                parts.append(pixels[..., first:last, start:stop].flatten(-2))
         return self.proj(torch.cat(parts, dim=-1))
 
     def extra_repr(self) -> str:

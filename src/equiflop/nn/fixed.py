@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,39 @@ class FixedTensors(nn.Module):
             if buffer.device.type != "meta":
                 self._buffers[name] = torch.tensor(source, device=buffer.device, dtype=buffer.dtype)
 
+    def settle(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Write the constants on a device, floating-point ones in ``dtype``."""
+        for name, source in self._fixed_sources.items():
+            own = dtype if source.dtype.kind == "f" else self.get_buffer(name).dtype
+            self._buffers[name] = torch.tensor(source, device=device, dtype=own)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Also writes the constants: memory that was allocated for them holds anything, and a model that was made on
+        the meta device and is given its weights (``assign=True``) has no memory for them yet."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.init_non_persistent_buffers()
+        weights = [value for value in state_dict.values() if isinstance(value, Tensor) and value.is_floating_point()]
+        if args[0].get("assign_to_params_buffers") and any(b.device.type == "meta" for b in self.buffers(recurse=False)):
+            like = weights[0] if weights else torch.empty(0, device="cpu")
+            self.settle(like.device, like.dtype)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedTensors:
         super()._apply(fn, recurse)
         self.init_non_persistent_buffers()
         return self
+
+
+def settle_constants(model: nn.Module, incompatible_keys: object = None) -> None:
+    """Bring all constants to the one device and dtype of a model's parameters; a hook after ``load_state_dict``.
+
+    Weights that were assigned may lie elsewhere than the model was made; layers without weights cannot know where.
+    """
+    kinds = {(parameter.device, parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(kinds) != 1:
+        return
+    device, dtype = kinds.pop()
+    for module in model.modules():
+        if isinstance(module, FixedTensors) and device.type != "meta":
+            buffers = [module.get_buffer(name) for name in module._fixed_sources]
+            if any(b.device != device or (b.is_floating_point() and b.dtype != dtype) for b in buffers):
+                module.settle(device, dtype)

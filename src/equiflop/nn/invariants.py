@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equiflop.groups import Irrep, Rep
+from equiflop.groups import FiniteGroup, Irrep, Rep
 from equiflop.groups.polynomials import invariant_generators
 from equiflop.kernels import layout_of, split
 from equiflop.nn.checks import check_axis
 from equiflop.nn.fixed import FixedTensors
 from equiflop.nn.spatial import ToSpatial
 
-InvariantKind = Literal["trivial", "norm", "power_spectrum", "polynomial"]
+InvariantKind = Literal["trivial", "norm", "magnitudes", "power_spectrum", "polynomial"]
 
 
 class Invariants(FixedTensors):
@@ -24,6 +24,9 @@ class Invariants(FixedTensors):
     * ``"trivial"``: the trivial irrep alone.
     * ``"norm"``: also the norms of the other irreps, one per multiplicity: ``|x|`` where ``d = 1``, the 2-norm over the
       rows otherwise. (The published octic networks call these the power spectrum.)
+    * ``"magnitudes"``: as many values as channels: the trivial irrep, and of every copy of another irrep the absolute
+      values of its rows, the largest first. For groups whose irreps consist of signed permutations (all the named image
+      groups); where ``d = 1`` the same as ``"norm"``.
     * ``"power_spectrum"``: the trivial irrep, and for every copy of the regular representation all products of degree
       2 that are invariant: the inner products ``x_i . J x_j`` of an irrep's columns within the copy, ``J`` running over
       its endomorphisms. Unlike norms they also know the angle between columns.
@@ -68,6 +71,13 @@ class Invariants(FixedTensors):
             self.out_features = rep.multiplicities[0]
         elif kind == "norm":
             self.out_features = sum(rep.multiplicities)
+        elif kind == "magnitudes":
+            if not has_magnitudes(rep.group):
+                raise ValueError(
+                    f"invariants='magnitudes' needs irreps of signed permutations; group {rep.group.name!r} has others; "
+                    "use 'norm'"
+                )
+            self.out_features = rep.dim
         elif kind == "power_spectrum":
             pairs = sum(len(_column_pairs(irrep)) for irrep in rep.group.irreps[1:])
             self.out_features = rep.multiplicities[0] * (1 + pairs)
@@ -89,10 +99,16 @@ class Invariants(FixedTensors):
         if self.kind == "polynomial":
             return self._polynomials(self.to_spatial(x)).flatten(-2)
         trivial, *others = split(x, self._layout)
+        if self.kind == "magnitudes":
+            magnitudes = [
+                torch.sort(block.abs(), dim=-2, descending=True)[0].flatten(-2) if irrep.dim > 1 else block.squeeze(-2).abs()
+                for block, irrep in zip(others, self.rep.group.irreps[1:], strict=True)
+            ]
+            return torch.cat([trivial.squeeze(-2), *magnitudes], dim=-1)
         if self.kind == "norm":
             norms = [
-                block.squeeze(-2).abs() if block.shape[-2] == 1 else torch.linalg.vector_norm(block, dim=-2)
-                for block in others
+                block.squeeze(-2).abs() if irrep.dim == 1 else torch.linalg.vector_norm(block, dim=-2)
+                for block, irrep in zip(others, self.rep.group.irreps[1:], strict=True)
             ]
             return torch.cat([trivial.squeeze(-2), *norms], dim=-1)
         products = [
@@ -121,6 +137,11 @@ class Invariants(FixedTensors):
         return f"{self.rep}, {self.kind!r} -> {self.out_features}"
 
 
+def has_magnitudes(group: FiniteGroup) -> bool:
+    """Whether every irrep consists of signed permutations, which move absolute values of rows about."""
+    return all(bool(np.isin(np.abs(irrep.matrices).round(12), (0.0, 1.0)).all()) for irrep in group.irreps)
+
+
 def _column_pairs(irrep: Irrep) -> list[tuple[int, int, int]]:
     """Columns ``i <= j`` of a copy and an endomorphism ``k`` whose product ``x_i . J_k x_j`` is not always 0."""
     columns = range(irrep.regular_multiplicity)
@@ -135,7 +156,8 @@ def _column_pairs(irrep: Irrep) -> list[tuple[int, int, int]]:
 
 def _inner_products(block: Tensor, irrep: Irrep, endomorphisms: list[list[list[float]]]) -> list[Tensor]:
     """``x_i . J_k x_j`` for all pairs, each of shape ``(..., copies)``."""
-    rows = [list(row.unbind(-2)) for row in block.unflatten(-1, (irrep.regular_multiplicity, -1)).unbind(-3)]
+    apart = block.unflatten(-1, (irrep.regular_multiplicity, -1))
+    rows = [[apart[..., i, j, :] for j in range(irrep.regular_multiplicity)] for i in range(irrep.dim)]
     products = []
     for i, j, k in _column_pairs(irrep):
         terms = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from equiflop.groups import Rep
 from equiflop.kernels import layout_of
@@ -77,11 +78,18 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_axis(x, self.rep.dim, self._layout.text)
-        return kernels.layer_norm(x, self._layout, self.parts())
+        return _layer_norm(x, self)
 
     def extra_repr(self) -> str:
         option = "" if self.weighting == "entries" else f", weighting={self.weighting!r}"
         return f"{self.rep}, eps={self.eps}{option}"
+
+
+def _layer_norm(x: Tensor, module: LayerNorm) -> Tensor:
+    """One step of a symbolic trace, since the way it is computed depends on dtype and device."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(_layer_norm, (x,), x, module)
+    return kernels.layer_norm(x, module._layout, module.parts())
 
 
 class Affine(nn.Module):
@@ -122,10 +130,17 @@ class Affine(nn.Module):
         return kernels.Affine(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.affine(x, self._layout, self.parts())
+        return _affine(x, self)
 
     def extra_repr(self) -> str:
         return f"{self.rep}, bias={self.bias is not None}"
+
+
+def _affine(x: Tensor, module: Affine) -> Tensor:
+    """One step of a symbolic trace."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(_affine, (x,), x, module)
+    return kernels.affine(x, module._layout, module.parts())
 
 
 class LayerScale(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from timm.layers import Format, to_2tuple
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from equiflop.grids import ImageGroup
 from equiflop.groups import Rep
 from equiflop.nn.checks import check_divisible, check_images
+from equiflop.nn.fit import warn_of_fit
 from equiflop.nn.grid import GridTransform
 from equiflop.nn.linear import Linear
 from equiflop.warnings import EquiflopWarning
@@ -102,6 +104,48 @@ class PatchEmbed(nn.Module):
         if self.proj.bias is not None:
             bound = 1.0 / math.sqrt(self.in_chans * math.prod(self.patch_size))
             nn.init.uniform_(self.proj.bias, -bound, bound)
+
+    def fit_weights(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Adapt the weights for another number of image channels within a state dict, in place, as timm does.
+
+        A single channel gets the sum over the channels; others get their weights again and again, times the quotient
+        of the numbers of channels.
+
+        Args:
+            state: a state dict.
+            prefix: of this module's keys in it.
+
+        Returns:
+            what was done, or None if nothing had to be (or could be: then loading them reports the sizes).
+        """
+        pixels = {i.name: m for i, m in zip(self.group.irreps, self.transform.rep.multiplicities, strict=True)}
+        found: dict[str, Tensor] = {}
+        channels: set[int] = set()
+        for irrep, own in self.proj.weights():
+            for key in (f"{prefix}proj.{irrep.name}.weight", f"{prefix}proj.weight_{irrep.name}"):
+                weight, count = state.get(key), pixels[irrep.name]
+                if isinstance(weight, Tensor) and weight.ndim == 2 and count:
+                    if len(weight) != len(own) or weight.shape[1] % count:
+                        return None
+                    found[key] = weight.unflatten(1, (count, -1))
+                    channels.add(weight.shape[1] // count)
+        if len(channels) != 1 or channels == {self.in_chans}:
+            return None
+        old = channels.pop()
+        for key, weight in found.items():  # outputs, pixels, channels
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            if self.in_chans == 1:
+                fitted = wide.sum(-1, keepdim=True)
+            else:
+                repeats = -(-self.in_chans // old)
+                fitted = wide.repeat(1, 1, repeats)[..., : self.in_chans] * (old / self.in_chans)
+            state[key] = fitted.flatten(1).to(weight.dtype)
+        return f"patch embedding adapted from {old} to {self.in_chans} channels"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes the weights for another number of image channels as well."""
+        warn_of_fit(self.fit_weights(state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_input_size(
         self,

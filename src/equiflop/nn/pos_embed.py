@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.overrides import handle_torch_function, has_torch_function
 
 from equiflop.grids import ImageGroup, field_tables
 from equiflop.groups import Irrep, Rep
 from equiflop.kernels import Layout, layout_of, split
+from equiflop.nn.fit import warn_of_fit
 from equiflop.nn.fixed import FixedTensors
 
 
@@ -99,8 +104,8 @@ class PositionEmbedding(FixedTensors):
             shape ``(1, prefix_tokens + rows * columns, rep.dim)``, tokens in raster order.
         """
         field = self._field()
-        if grid_size is not None and tuple(grid_size) != self.grid_size:
-            field = self._resampled(field, grid_size)
+        if grid_size is not None:
+            field = _on_grid(field, grid_size[0], grid_size[1], self)
         if self.prefix is not None:
             field = torch.cat([F.pad(self.prefix, (0, self.rep.dim - self.prefix.shape[1])), field])
         return field.unsqueeze(0)
@@ -141,6 +146,56 @@ class PositionEmbedding(FixedTensors):
                 new.prefix.copy_(self.prefix)
         return new.requires_grad_(weight.requires_grad)
 
+    def fit_weights(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Resample the weights of another grid within a state dict, in place.
+
+        Args:
+            state: a state dict.
+            prefix: of this module's keys in it.
+
+        Returns:
+            what was done, or None if nothing had to be (or could be: then loading them reports the sizes).
+        """
+        names = [f"weight_{irrep.name}" for irrep, rows in self._blocks() if rows]
+        weights = {name: state[prefix + name] for name in names if isinstance(state.get(prefix + name), Tensor)}
+        own = {name: self.get_parameter(name) for name in names}
+        if weights.keys() != own.keys() or all(weights[name].shape == own[name].shape for name in names):
+            return None
+        if any(weights[name].shape[1:] != own[name].shape[1:] for name in names):
+            return None
+        grid = self._grid_of({name: len(weight) for name, weight in weights.items()})
+        if grid is None:
+            return None
+        like = weights[names[0]]
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        old = PositionEmbedding(self.rep, self.group, grid, device=like.device, dtype=dtype)
+        old.load_state_dict(weights)
+        resized = old.resized(self.grid_size).state_dict()
+        state.update({prefix + name: resized[name].to(like.dtype) for name in names})
+        return f"position embedding resampled from {grid[0]}x{grid[1]} to {self.grid_size[0]}x{self.grid_size[1]} tokens"
+
+    def _grid_of(self, rows: dict[str, int]) -> tuple[int, int] | None:
+        """The grid on which the field has so many values of each irrep: a square one, or the one whose sides are most
+        nearly in proportion to this module's; None if there is none."""
+        free = {f"weight_{irrep.name}": irrep for irrep in self.group.irreps}
+        # Every irrep occurs among the tokens as often as the field has values of it.
+        tokens = sum(count * free[name].dim // free[name].endomorphism_dim for name, count in rows.items())
+        aspect = self.grid_size[0] / self.grid_size[1]
+        sides = [(h, tokens // h) for h in range(1, tokens + 1) if tokens % h == 0]
+        sides.sort(key=lambda side: (side[0] != side[1], abs(math.log(side[0] / side[1] / aspect))))
+        for side in sides:
+            if self.group.swaps_axes and side[0] != side[1]:
+                continue
+            counts = {name: len(field_tables(self.group, free[name], side)[2]) for name in rows}
+            if counts == rows:
+                return side
+        return None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes the weights of another grid as well."""
+        warn_of_fit(self.fit_weights(state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _blocks(self) -> list[tuple[Irrep, int]]:
         return list(zip(self.group.irreps, self._rows, strict=True))
 
@@ -165,7 +220,9 @@ class PositionEmbedding(FixedTensors):
         rows, columns = (_resampling_matrix(old, new, wide) for old, new in zip(self.grid_size, grid_size, strict=True))
         image = (rows[:, :, None, None] * wide.unflatten(0, self.grid_size)).sum(1)  # new rows, old columns, C
         image = (columns[:, :, None] * image[:, None]).sum(2).permute(2, 0, 1)
-        square = image.shape[-1] == image.shape[-2]
+        # A symbolic size may be anything: then only what mirrors is averaged. What swaps the axes loses nothing but
+        # rounding by it, since rows and columns are resampled alike.
+        square = statically_known_true(image.shape[-1] == image.shape[-2])
         moved = [
             _act(self._layout, matrices, move(image).permute(1, 2, 0))
             for move, matrices in self._actions
@@ -175,6 +232,17 @@ class PositionEmbedding(FixedTensors):
 
     def extra_repr(self) -> str:
         return f"{self.grid_size[0]}x{self.grid_size[1]} tokens, {self.rep}"
+
+
+def _on_grid(field: Tensor, rows: int, columns: int, module: PositionEmbedding) -> Tensor:
+    """The field on another grid; one step of a symbolic trace. A size that is a symbol is never taken for the own one,
+    so that an export makes no assumption about it."""
+    if has_torch_function((rows, columns)):
+        return handle_torch_function(_on_grid, (rows, columns), field, rows, columns, module)
+    own_rows, own_columns = module.grid_size
+    if statically_known_true(rows == own_rows) and statically_known_true(columns == own_columns):
+        return field
+    return module._resampled(field, (rows, columns))
 
 
 def act_on_channels(rep: Rep, a: int, x: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class TokenMixing(nn.Module):
         self._layout = layout_of(tokens)
         self._channels = repr(rep)
         biases = sum(tokens.multiplicities) if matched_bias else tokens.multiplicities[0]
+        self._biases = biases
         self.bias = nn.Parameter(torch.zeros(biases, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
@@ -93,7 +94,7 @@ class TokenMixing(nn.Module):
         for token_block, channel_block in zip(self.transform.rep.blocks(), self.rep.blocks(), strict=True):
             count = token_block.multiplicity
             rows = token_block.stop - token_block.start
-            if start < len(self.bias) and count:
+            if start < self._biases and count:
                 bias = self.bias[start : start + count, None].expand(count, channel_block.multiplicity)
                 parts.append(F.pad(bias, (channel_block.start, self.rep.dim - channel_block.stop)))
             elif rows:
