@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -40,6 +42,9 @@ class BenchConfig:
         rounds: turns of every network.
         seconds: least length of a turn.
         mirrored: also time the plain network averaged over both mirrored views.
+        both_attentions: also time the plain network with its attention written out (``set_fused_attn(False)``), and
+            take the faster of the two for the speedup: fused attention can be slow backward on CPUs.
+        autocast: dtype that products run in under ``torch.autocast``, or None.
         memory: also measure the peak memory of a step.
         fraction: also split the time of a step by kind of work (CPU).
         settings: keywords for all networks.
@@ -53,6 +58,8 @@ class BenchConfig:
     rounds: int = 7
     seconds: float = 1.0
     mirrored: bool = False
+    both_attentions: bool = False
+    autocast: str | None = None
     memory: bool = False
     fraction: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -72,7 +79,7 @@ class Entry:
         batch_size: images per step.
         latency: seconds per step.
         throughput: images per second.
-        speedup: over the plain twin, the median over rounds of the ratio within a round; 1 for the twin itself.
+        speedup: over the plain twin in its fastest form, the median over rounds of the ratio within a round.
         peak_bytes: most memory held during a step beside the parameters, gradients included; None if not measured.
         fractions: where the time goes; None if not measured.
     """
@@ -139,8 +146,9 @@ def check_config(config: BenchConfig) -> None:
         for value in values:
             if value not in valid:
                 raise ValueError(f"{label}={value!r} is unknown; choose from {', '.join(valid)}")
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype={config.dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    for label, dtype in (("dtype", config.dtype), ("autocast", config.autocast)):
+        if dtype not in DTYPES and (label, dtype) != ("autocast", None):
+            raise ValueError(f"{label}={dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     if config.steps == ("train",) and config.modes == ("optimized",):
         raise ValueError("mode='optimized' is for inference; train with 'eager' or 'compile'")
     for label, number in (("rounds", config.rounds), ("batch_size", min(config.batch_sizes, default=0))):
@@ -155,6 +163,7 @@ class _Network:
     macs: int
     parameters: int
     views: int = 1
+    plain: bool = False
 
 
 def _networks(name: str, config: BenchConfig, device: torch.device) -> list[_Network]:
@@ -175,8 +184,22 @@ def _networks(name: str, config: BenchConfig, device: torch.device) -> list[_Net
         macs = equiflop.macs(model, config.image_size) * views
         parameters = sum(p.numel() for p in model.parameters())
         label = f"{model_name} (both views)" if views == 2 else model_name
-        networks.append(_Network(label, model.to(device, DTYPES[config.dtype]), macs, parameters, views))
+        plain = views == 1 and (len(wanted) == 1 or model_name != name)
+        networks.append(_Network(label, model.to(device, DTYPES[config.dtype]), macs, parameters, views, plain))
+    if config.both_attentions:
+        networks += [_written_out(network) for network in networks if network.plain]
     return networks
+
+
+def _written_out(network: _Network) -> _Network:
+    """The same network with softmax and two products in place of fused attention."""
+    model = copy.deepcopy(network.model)
+    found = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    if not found:
+        raise ValueError(f"both_attentions: {network.name} has no attention that could be written out")
+    for module in found:
+        setattr(module, "fused_attn", False)  # noqa: B010  (a Final attribute to the type checker)
+    return replace(network, name=f"{network.name} (attention written out)", model=model)
 
 
 def _measure(
@@ -191,9 +214,9 @@ def _measure(
 ) -> list[Entry]:
     torch._dynamo.reset()
     images = torch.randn(batch_size, 3, *config.image_size, device=device, dtype=DTYPES[config.dtype])
-    calls = {network.name: _call(network, images, step, mode, config.fraction) for network in networks}
+    calls = {network.name: _call(network, images, step, mode, config) for network in networks}
     times = time_in_turns(calls, config.rounds, config.seconds, device, progress, warm_up=2)
-    plain = times[networks[min(1, len(networks) - 1)].name]
+    plain = min((times[network.name] for network in networks if network.plain), key=median)
     entries = []
     for network in networks:
         seconds = times[network.name]
@@ -210,14 +233,16 @@ def _measure(
                 Spread.of([batch_size / value for value in seconds]),
                 Spread.of([p / value for p, value in zip(plain, seconds, strict=True)]),
                 peak_memory(calls[network.name], device) if config.memory else None,
-                _fractions(calls, network, images, step) if config.fraction and device.type == "cpu" else None,
+                _fractions(calls, network, images, step, config) if config.fraction and device.type == "cpu" else None,
             )
         )
     return entries
 
 
-def _fractions(calls: Mapping[str, Callable[[], object]], network: _Network, images: Tensor, step: Step) -> Fractions:
-    return split_time(calls[network.name], _call(network, images, step, "eager"))
+def _fractions(
+    calls: Mapping[str, Callable[[], object]], network: _Network, images: Tensor, step: Step, config: BenchConfig
+) -> Fractions:
+    return split_time(calls[network.name], _call(network, images, step, "eager", config))
 
 
 def _compiled(model: nn.Module, name_kernels: bool) -> Callable[[Tensor], Tensor]:
@@ -229,28 +254,32 @@ def _compiled(model: nn.Module, name_kernels: bool) -> Callable[[Tensor], Tensor
 
 
 def _call(
-    network: _Network, images: Tensor, step: Step, mode: Mode, name_kernels: bool = False
+    network: _Network, images: Tensor, step: Step, mode: Mode, config: BenchConfig
 ) -> Callable[[], object]:
     """A function that makes one step."""
+    products = DTYPES[config.autocast] if config.autocast is not None else None
+    casting = torch.autocast(images.device.type, products, enabled=products is not None)
     model: nn.Module = MirrorAveraged(network.model) if network.views == 2 else network.model
     if step == "forward":
         model = model.eval()
         if mode == "optimized":
             model = optimize_for_inference(model)
-        run: Callable[[Tensor], Tensor] = _compiled(model, name_kernels) if mode == "compile" else model
+        run: Callable[[Tensor], Tensor] = _compiled(model, config.fraction) if mode == "compile" else model
 
         def forward() -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), casting:
                 return run(images)
 
         return forward
     model = model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    loss_of: Callable[[Tensor], Tensor] = _compiled(model, name_kernels) if mode == "compile" else model
+    loss_of: Callable[[Tensor], Tensor] = _compiled(model, config.fraction) if mode == "compile" else model
 
     def train() -> None:
-        nn.functional.cross_entropy(loss_of(images).float(), labels).backward()
+        with casting:
+            logits = loss_of(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # last, so that the step's memory includes its gradients
 

@@ -52,6 +52,12 @@ _HEADER = f"{'network':<38}{'params M':>9}{'MACs G':>9}{'ms':>10}{'images/s':>10
 )
 @click.option("--seconds", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Least length of a turn.")
 @click.option("--mirrored", is_flag=True, help="Also time plain averaged over both mirrored views.")
+@click.option(
+    "--both-attentions",
+    is_flag=True,
+    help="Also time plain with its attention written out; the speedup is over the faster of the two.",
+)
+@click.option("--autocast", help="Run products in this dtype under torch.autocast, such as bfloat16.")
 @click.option("--memory", is_flag=True, help="Also measure the peak memory of a step.")
 @click.option(
     "--fraction",
@@ -77,6 +83,8 @@ def command(
     rounds: int,
     seconds: float,
     mirrored: bool,
+    both_attentions: bool,
+    autocast: str | None,
     memory: bool,
     fraction: bool,
     accuracy: Path | None,
@@ -118,6 +126,8 @@ def command(
         rounds=rounds,
         seconds=seconds,
         mirrored=mirrored,
+        both_attentions=both_attentions,
+        autocast=autocast,
         memory=memory,
         fraction=fraction,
         settings=dict(settings),

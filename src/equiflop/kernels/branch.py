@@ -7,7 +7,7 @@ and without one no tensor is stacked or joined but for the products. They are ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from equiflop.kernels import norm as norms
 from equiflop.kernels import schur
 from equiflop.kernels.choose import TABLE, Variant, choose, is_constant, is_eager, is_traced_for_kernels, may_overwrite
+from equiflop.kernels.gelu import activate
 from equiflop.kernels.layout import Layout, per_channel, per_lane, to_lanes
 
 #: Without gradients a CPU computes hidden features beyond so many bytes in parts of the batch: the C library gives
@@ -24,6 +25,9 @@ from equiflop.kernels.layout import Layout, per_channel, per_lane, to_lanes
 LARGE_BYTES = 25_000_000
 #: Size of the parts, which stay in the processor's caches.
 PART_BYTES = 5_000_000
+#: Up to so many tokens a compiled training step on a CPU writes its attention out: its maps take ``4 N`` bytes for
+#: every token and head.
+WRITTEN_OUT_TOKENS = 256
 
 
 class Mlp(NamedTuple):
@@ -34,7 +38,7 @@ class Mlp(NamedTuple):
     """
 
     fc1: schur.Maps
-    act: Callable[[Tensor], Tensor]
+    act: nn.Module
     fc2: schur.Maps
     hidden: Layout
     bias1: list[Tensor] | None = None
@@ -152,7 +156,7 @@ def _mlp(lanes: Sequence[Tensor], layout: Layout, mlp: Mlp, overwrite: bool) -> 
                 values[i] = mlp.act(value)
         hidden = plan.analyse_(values)
     else:
-        hidden = plan.analyse([mlp.act(value) for value in plan.synthesise(rows)])
+        hidden = plan.analyse([activate(mlp.act, value) for value in plan.synthesise(rows)])
     return schur.cut_all(_plus(schur.on_lanes(hidden, mlp.hidden, mlp.fc2), mlp.bias2, overwrite), layout.copies)
 
 
@@ -190,9 +194,24 @@ def _to_heads(rows: Sequence[Tensor], layout: Layout, attention: Attention) -> t
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
-    if attention.fused or attention.attn_mask is not None or attention.is_causal:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attention.attn_mask, is_causal=attention.is_causal)
+    kernel = choose("attention", q, k, v, attention)
+    if kernel is not None:
+        return kernel(q, k, v, attention)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attention.attn_mask, is_causal=attention.is_causal)
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+def _fits_written_out(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> bool:
+    """Asked for, or faster: torch's fused attention on CPUs is slow backward at a few hundred tokens."""
+    if attention.attn_mask is not None or attention.is_causal:
+        return False
+    if not attention.fused:
+        return True
+    trains = is_traced_for_kernels() and torch.is_grad_enabled() and q.device.type == "cpu"
+    return trains and is_constant(q.shape[-2]) and q.shape[-2] <= WRITTEN_OUT_TOKENS
 
 
 def _from_heads(x: Tensor, layout: Layout, attention: Attention) -> list[Tensor]:
@@ -222,6 +241,14 @@ def _fits(x: Tensor, layout: Layout, parts: Parts) -> bool:
     return parts.body.heads == "coupled" or layout.plan is not None
 
 
+TABLE["attention"] = (
+    Variant(
+        "written out",
+        _fits_written_out,
+        _written_out,
+        "fused attention switched off, or training compiled for a CPU with at most 256 tokens",
+    ),
+)
 TABLE["branch"] = (
     Variant(
         "parts",
