@@ -368,8 +368,8 @@ def test_state_dict_holds_weights_alone() -> None:
     keys = set(model.state_dict())
     assert keys == {name for name, _ in model.named_parameters()}
     assert {key for key in keys if not key.startswith("backbone.")} == {
-        "head.proj.weight_A",
-        "head.proj.weight_B",
+        "head.proj.A.weight",
+        "head.proj.B.weight",
         "head.proj.bias",
     }
     assert not any(key.startswith("backbone.head") for key in keys)

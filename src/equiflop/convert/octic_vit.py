@@ -159,7 +159,7 @@ def _linear(mapping: Mapping, linear: Linear, name: str) -> None:
     if linear.bias is not None:
         trivial, _ = linear.weights()[0]
         bias = mapping.official.take(f"{name}.lin_A1.bias", linear.bias.shape)
-        mapping.out[f"{name}.A1.bias"] = linear.gain(trivial) * bias
+        mapping.out[f"{name}.A1.bias"] = linear.bias_gain * bias
 
 
 def _layer_norm(mapping: Mapping, norm: LayerNorm, name: str) -> None:

@@ -54,6 +54,7 @@ class Mlp(PlainMlp):
         self.rep = rep
         self.fc1 = Linear(rep, hidden_rep, bias=bias, out_order="group", **dd)
         self.act = nn.GELU() if act is None else act if isinstance(act, nn.Module) else Pointwise(act)
+        self._pointwise = type(self.act)  # another one may not be: it is called with the whole axis
         self.drop1 = Dropout(hidden_rep, drop, order="group")
         self.fc2 = Linear(hidden_rep, rep, bias=bias, in_order="group", **dd)
         self.drop2 = Dropout(rep, drop)
@@ -61,7 +62,7 @@ class Mlp(PlainMlp):
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
-        if not (is_bare(self, type(self)) and is_bare(self.norm, nn.Identity) and is_bare(self.act, type(self.act))):
+        if not (is_bare(self, type(self)) and is_bare(self.norm, nn.Identity) and is_bare(self.act, self._pointwise)):
             return None
         if not all(is_bare(drop, Dropout) and (drop.p == 0.0 or not drop.training) for drop in (self.drop1, self.drop2)):
             return None
