@@ -370,7 +370,7 @@ def test_state_dict_holds_weights_alone() -> None:
     assert {key for key in keys if not key.startswith("backbone.")} == {
         "head.proj.A.weight",
         "head.proj.B.weight",
-        "head.proj.bias",
+        "head.proj.A.bias",
     }
     assert not any(key.startswith("backbone.head") for key in keys)
     assert "backbone.cls_token" in model.no_weight_decay()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from torch import nn
 
 import equiflop
 from equiflop.grids import GridDecomposition
-from equiflop.kernels import layout_of
 from equiflop.models import EquivariantVisionTransformer
 from equiflop.nn import LayerNorm
 from oracles import move_tokens, relative_error, scramble
@@ -349,7 +349,9 @@ def test_meta_device(name: str) -> None:
 
 def test_device_and_dtype_keywords() -> None:
     model = small_vit(dtype=torch.float64)
-    direct = EquivariantVisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=7, norm_eps=0.5e-6, dtype=torch.float64)
+    direct = EquivariantVisionTransformer(
+        32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=7, norm_eps=0.5e-6, dtype=torch.float64
+    )
     assert {p.dtype for p in direct.parameters()} == {torch.float64}
     direct.load_state_dict(model.state_dict())
     assert torch.equal(direct.eval()(images := images_for(model)), model(images))
@@ -527,13 +529,12 @@ def test_set_input_size_keeps_the_function_where_nothing_changes() -> None:
     assert set(model.no_weight_decay()) == optimizer_names <= {key for key, _ in model.named_parameters()}
 
 
-def test_fast_mirror_path_equals_the_general_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_mirror_path_equals_the_general_one(
+    transforms_by_products: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With all transforms by matrix products the model computes the same."""
     fast = scrambled(small_vit(dtype=torch.float64))
-    monkeypatch.setattr("equiflop.kernels.layout.fourier_plan", lambda _: None)
-    monkeypatch.setattr("equiflop.nn.linear.layout_of", layout_of.__wrapped__)  # not the cached ones
-    for module in ("attention", "block", "dropout", "invariants", "mlp", "norm"):
-        monkeypatch.setattr(f"equiflop.nn.{module}.layout_of", layout_of.__wrapped__, raising=False)
+    transforms_by_products()
     monkeypatch.setattr("equiflop.grids.GridDecomposition.fast_plan", None)
     monkeypatch.setattr("equiflop.nn.grid.grid_decomposition", GridDecomposition)  # not the cached ones
     general = small_vit(dtype=torch.float64)

@@ -127,7 +127,7 @@ class ChannelMlp(Mlp):
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
-        parts = super().parts()
+        parts = self._parts_of(ChannelMlp)
         if parts is None or not (is_bare(self.bias1, MatchedBias) and is_bare(self.bias2, MatchedBias)):
             return None
         return parts._replace(bias1=self.bias1.lanes(), bias2=self.bias2.lanes())

@@ -62,9 +62,15 @@ class Mlp(PlainMlp):
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
-        if not (is_bare(self, type(self)) and is_bare(self.norm, nn.Identity) and is_bare(self.act, self._pointwise)):
+        return self._parts_of(Mlp)
+
+    def _parts_of(self, kind: type[Mlp]) -> MlpParts | None:
+        """:meth:`parts` where this is of the class ``kind``, not of one made from it."""
+        if not (is_bare(self, kind) and is_bare(self.norm, nn.Identity) and is_bare(self.act, self._pointwise)):
             return None
-        if not all(is_bare(drop, Dropout) and (drop.p == 0.0 or not drop.training) for drop in (self.drop1, self.drop2)):
+        if not all(
+            is_bare(drop, Dropout) and (drop.p == 0.0 or not drop.training) for drop in (self.drop1, self.drop2)
+        ):
             return None
         fc1, fc2 = self.fc1, self.fc2
         first, second = (fc.maps() if isinstance(fc, Linear) else None for fc in (fc1, fc2))
