@@ -15,6 +15,7 @@ from equiflop.groups import flop
 from equiflop.nn import Block, Linear, Mlp
 from oracles import (
     LAYER_GROUPS,
+    bias_gain,
     dense_linear,
     gain,
     group,
@@ -34,7 +35,7 @@ def order_matrix(rep: Rep, order: str, heads: int) -> Tensor:
     if order == "group":
         return torch.from_numpy(to_spatial(rep))
     identity = torch.eye(rep.dim, dtype=torch.float64)
-    return identity[sum(head_places(rep, heads), [])] if order == "heads" else identity
+    return identity[[place for places in head_places(rep, heads) for place in places]] if order == "heads" else identity
 
 
 def order_action(rep: Rep, order: str, heads: int, a: int) -> Tensor:
@@ -118,9 +119,9 @@ def test_gains_and_variance_at_initialisation(name: str, orders: tuple[Any, Any]
 
 def test_errors_of_orders() -> None:
     odd, regular = Rep(flop(), (4, 2)), Rep.regular(flop(), 2)
-    with pytest.raises(ValueError, match="in_rep=.*multiple of the regular representation, which in_order='group'"):
+    with pytest.raises(ValueError, match=r"in_rep=.*multiple of the regular representation, which in_order='group'"):
         Linear(odd, regular, in_order="group")
-    with pytest.raises(ValueError, match="out_rep=.*multiple of the regular representation, which out_order='group'"):
+    with pytest.raises(ValueError, match=r"out_rep=.*multiple of the regular representation, which out_order='group'"):
         Linear(regular, odd, out_order="group")
 
 
@@ -136,8 +137,7 @@ def version_1(module: nn.Module) -> dict[str, Tensor]:
                 weight = state.pop(f"{prefix}{irrep.name}.weight")
                 state[f"{prefix}weight_{irrep.name}"] = weight / gain(layer, irrep)
             if f"{prefix}{irrep.name}.bias" in state:
-                factor = gain(layer, irrep) if layer.out_order.kind == "group" else 1.0
-                state[f"{prefix}bias"] = state.pop(f"{prefix}{irrep.name}.bias") / factor
+                state[f"{prefix}bias"] = state.pop(f"{prefix}{irrep.name}.bias") / bias_gain(layer)
     return state
 
 

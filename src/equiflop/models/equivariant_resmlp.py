@@ -16,8 +16,8 @@ from equiflop.kernels import Order, is_bare, layout_of
 from equiflop.kernels.branch import Mlp as MlpParts
 from equiflop.kernels.orders import write
 from equiflop.models.classifier import replace_classifier
-from equiflop.models.initialise import init_linears
 from equiflop.models.image_size import check_image_size
+from equiflop.models.initialise import init_linears
 from equiflop.nn import (
     Affine,
     FixedTensors,

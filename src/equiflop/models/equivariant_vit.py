@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from equiflop.grids import ImageGroup, as_image_group
 from equiflop.groups import Rep
 from equiflop.models.classifier import replace_classifier
-from equiflop.models.initialise import init_linears, reset_all
 from equiflop.models.image_size import check_image_size
+from equiflop.models.initialise import init_linears, reset_all
 from equiflop.models.transition import FinalPlainNorm, FirstPlainBlock, ToInvariants, ToIrrepOrder, ToRegular
-from equiflop.nn import Block, Invariants, LayerNorm, Linear, PatchEmbed, PositionEmbedding
-from equiflop.nn.invariants import InvariantKind
+from equiflop.nn import Block, Invariants, LayerNorm, PatchEmbed, PositionEmbedding
 from equiflop.nn.attention import Heads, check_heads
+from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.norm import Weighting
 
 #: ``equivariant``: every block; ``hybrid``: the first blocks, then plain ones on the same channels; ``invariant``: the
