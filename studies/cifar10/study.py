@@ -137,7 +137,7 @@ def larger() -> Iterator[Run]:
 
 
 class SignActivation(nn.Module):
-    """A nonlinearity on the irreps themselves, in place of one in the spatial domain, where an MLP hands over its values.
+    """A nonlinearity on the irreps themselves, in place of one in the spatial domain, which an MLP hands over.
 
     Invariant channels take GELU; sign-flipping ones must take an odd function of themselves: ``b sigmoid(1.702 |b|)``
     ("odd"), or are gated by the invariant channels, ``b sigmoid(a)`` ("gated").

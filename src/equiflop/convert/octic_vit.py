@@ -157,7 +157,6 @@ def _linear(mapping: Mapping, linear: Linear, name: str) -> None:
         found = mapping.official.take(f"{name}.lin_{irrep.name}.weight", weight.shape)
         mapping.out[f"{name}.{irrep.name}.weight"] = linear.gain(irrep) * found
     if linear.bias is not None:
-        trivial, _ = linear.weights()[0]
         bias = mapping.official.take(f"{name}.lin_A1.bias", linear.bias.shape)
         mapping.out[f"{name}.A1.bias"] = linear.bias_gain * bias
 
