@@ -238,8 +238,8 @@ class EquivariantVisionTransformer(VisionTransformer):
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialise as published: linear maps, position embedding and class token truncated normal 0.02, biases 0.
 
-        Class token and position embedding take ``token_std``, eight times as much in the published octic networks (arXiv
-        2505.15441).
+        Class token and position embedding take ``token_std``, eight times as much in the published octic networks
+        (arXiv 2505.15441).
 
         Args:
             mode: ``""``, or ``"reset"`` to use every layer's own initialisation.
