@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from equiflop.kernels import layout_of
 
 # Property tests draw the same examples in every run.
 settings.register_profile("reproducible", derandomize=True, deadline=None, print_blob=True)
@@ -28,3 +30,15 @@ def float64_default() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(old)
+
+
+@pytest.fixture
+def transforms_by_products(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function from whose call on new layers make every group Fourier transform by a matrix product."""
+
+    def switch() -> None:
+        monkeypatch.setattr("equiflop.kernels.layout.fourier_plan", lambda _: None)
+        for module in ("attention", "block", "dropout", "invariants", "linear", "mlp", "norm"):  # not the cached ones
+            monkeypatch.setattr(f"equiflop.nn.{module}.layout_of", layout_of.__wrapped__, raising=False)
+
+    return switch

@@ -195,6 +195,12 @@ def gain(layer: nn.Module, irrep: Irrep) -> float:
     return 1.0 if layer.by_product else (irrep.dim / layer.in_rep.group.order) ** (sides / 2)
 
 
+def bias_gain(layer: nn.Module) -> float:
+    """Factor of the bias, which is added behind the transform of the input: the output's alone."""
+    into_group = layer.out_order.kind == "group" and not layer.by_product
+    return float(layer.in_rep.group.order**-0.5) if into_group else 1.0
+
+
 def dense_linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """The dense matrix ``sum_k J_k (x) W_k`` per irrep and the bias of an equivariant linear layer, float64.
 
@@ -217,7 +223,7 @@ def dense_linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
     bias = torch.zeros(out_rep.dim, dtype=torch.float64)
     trivial = in_rep.group.irreps[0]
     if f"{trivial.name}.bias" in parameters:
-        factor = gain(layer, trivial) if layer.out_order.kind == "group" else 1.0  # added behind the input's transform
+        factor = bias_gain(layer)
         bias[: out_rep.multiplicities[0]] = parameters[f"{trivial.name}.bias"].detach().double() / factor
     return matrix, bias
 

@@ -72,7 +72,7 @@ def test_safetensors_source(state: dict[str, torch.Tensor], tmp_path: Path) -> N
     source, output = tmp_path / "official.safetensors", tmp_path / "ours.safetensors"
     save_file({name: value.contiguous() for name, value in state.items()}, source)
     assert _convert(source, output, "--model", MODEL, *SETTINGS).exit_code == 0
-    assert "stem.proj.proj.weight_A" in load_file(output)
+    assert "stem.proj.proj.A.weight" in load_file(output)
 
 
 class _Payload:

@@ -161,7 +161,7 @@ def draw_filters(checkpoint: str) -> None:
     figure, axes = plt.subplots(2, 10, figsize=(12, 2.9))
     blocks = list(embed.transform.rep.blocks())
     for row, (block, title) in enumerate(zip(blocks, ("symmetric", "antisymmetric"), strict=True)):
-        weight = embed.proj.get_parameter(f"weight_{block.irrep.name}").detach()
+        weight = embed.proj.get_parameter(f"{block.irrep.name}.weight").detach()
         kernels = torch.einsum(
             "okc,kp->ocp", weight.unflatten(1, (block.multiplicity, -1)), basis[block.start : block.stop]
         )

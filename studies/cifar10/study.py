@@ -37,7 +37,6 @@ from equiflop.data import ImageData, MemorySplit, Preprocessing
 from equiflop.data.decode import decode_image, read_image
 from equiflop.files import write_atomically, write_text
 from equiflop.nn import Linear, Mlp
-from equiflop.nn.activation import FourierActivation
 from equiflop.training import MirrorAveraged, TrainConfig, Trainer, evaluate
 
 HERE = Path(__file__).parent
@@ -137,29 +136,30 @@ def larger() -> Iterator[Run]:
     yield Run("resmlp", "E-width-128", "flop_resmlp_12_224", mlp, 0, initialisation="xavier")
 
 
-class SignActivation(FourierActivation):
-    """A nonlinearity on the irreps themselves, in place of one in the spatial domain.
+class SignActivation(nn.Module):
+    """A nonlinearity on the irreps themselves, in place of one in the spatial domain, which an MLP hands over.
 
     Invariant channels take GELU; sign-flipping ones must take an odd function of themselves: ``b sigmoid(1.702 |b|)``
     ("odd"), or are gated by the invariant channels, ``b sigmoid(a)`` ("gated").
     """
 
-    kind = "odd"
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
 
-    def forward_blocks(self, blocks: Any, overwrite: bool = False) -> list[Tensor]:
-        """See :class:`FourierActivation`; the scales that belong to its transforms are undone and applied again."""
-        (a, b), scales = blocks, self.irrep_scales
-        a, b = a / scales[0], b / scales[1]
-        gate = 1.702 * b.abs() if self.kind == "odd" else a
-        return [F.gelu(a) / scales[0], b * torch.sigmoid(gate) / scales[1]]
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the mirror group's own basis, ``(..., 2 n)``, to the same."""
+        p, q = x.chunk(2, dim=-1)
+        a, b = (p + q) * 0.5**0.5, (p - q) * 0.5**0.5
+        a, b = F.gelu(a), b * torch.sigmoid(1.702 * b.abs() if self.kind == "odd" else a)
+        return torch.cat([a + b, a - b], dim=-1) * 0.5**0.5
 
 
 def replace_activation(model: nn.Module, kind: str) -> None:
     """Let the MLPs of an E network use another nonlinearity."""
     for module in model.modules():
         if isinstance(module, Mlp):
-            module.act.__class__ = SignActivation
-            module.act.kind = kind  # type: ignore[assignment]
+            module.act = SignActivation(kind)
 
 
 def initialise(model: nn.Module, rule: str, seed: int) -> None:
@@ -171,8 +171,7 @@ def initialise(model: nn.Module, rule: str, seed: int) -> None:
     torch.manual_seed(seed)
     for name, module in model.named_modules():
         if rule == "xavier" and isinstance(module, Linear) and not name.startswith("stem"):
-            for _, weight in module.weights():
-                nn.init.xavier_uniform_(weight)
+            module.init_weights(lambda weight, algebra: nn.init.xavier_uniform_(weight))
         elif rule == "fan-in" and isinstance(module, nn.Linear) and name.startswith("blocks"):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
 

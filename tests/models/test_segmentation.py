@@ -368,9 +368,9 @@ def test_state_dict_holds_weights_alone() -> None:
     keys = set(model.state_dict())
     assert keys == {name for name, _ in model.named_parameters()}
     assert {key for key in keys if not key.startswith("backbone.")} == {
-        "head.proj.weight_A",
-        "head.proj.weight_B",
-        "head.proj.bias",
+        "head.proj.A.weight",
+        "head.proj.B.weight",
+        "head.proj.A.bias",
     }
     assert not any(key.startswith("backbone.head") for key in keys)
     assert "backbone.cls_token" in model.no_weight_decay()

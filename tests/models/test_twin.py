@@ -72,9 +72,10 @@ def plain_weights(plain: VisionTransformer, made: EquivariantVisionTransformer) 
                 state["pos_embed.prefix"] = value[0, :prefix]
             state["pos_embed.weight_A"] = value[0, prefix:]
         elif key == "patch_embed.proj.weight":  # channels behind the pixels of a patch
-            state["patch_embed.proj.weight_A"] = value.permute(0, 2, 3, 1).flatten(1)
+            state["patch_embed.proj.A.weight"] = value.permute(0, 2, 3, 1).flatten(1)
         else:
-            state[key if key in names else f"{key}_A"] = value
+            layer, _, kind = key.rpartition(".")
+            state[key if key in names else f"{layer}.A.{kind}"] = value
     return state
 
 

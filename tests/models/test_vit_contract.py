@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -348,7 +349,9 @@ def test_meta_device(name: str) -> None:
 
 def test_device_and_dtype_keywords() -> None:
     model = small_vit(dtype=torch.float64)
-    direct = EquivariantVisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=7, dtype=torch.float64)
+    direct = EquivariantVisionTransformer(
+        32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=7, norm_eps=0.5e-6, dtype=torch.float64
+    )
     assert {p.dtype for p in direct.parameters()} == {torch.float64}
     direct.load_state_dict(model.state_dict())
     assert torch.equal(direct.eval()(images := images_for(model)), model(images))
@@ -382,13 +385,14 @@ def test_state_dict_is_parameters_alone(name: str) -> None:
 def test_initialisation_is_as_published() -> None:
     model = timm.create_model("flop_deit3_small_patch16_224")
     for key, parameter in model.named_parameters():
-        if key.startswith("patch_embed.proj.weight"):
+        if key.startswith("patch_embed.proj.") and key.endswith("weight"):
             bound = (3 * 16 * 8) ** -0.5  # uniform; inputs of half a patch
             assert parameter.abs().max() <= bound and parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
-        elif key == "patch_embed.proj.bias":
+        elif key == "patch_embed.proj.A.bias":
             assert parameter.abs().max() <= (3 * 16 * 16) ** -0.5
         elif parameter.ndim >= 2:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.15), key
+            factor = 0.5**0.5 if ".mlp.fc" in key else 1.0  # of the transform into the group's basis
+            assert parameter.std().item() == pytest.approx(0.02 * factor, rel=0.15), key
         elif key.endswith("gamma"):
             assert (parameter == 1e-4).all(), key
         elif "norm" in key and key.endswith("weight"):
@@ -525,15 +529,27 @@ def test_set_input_size_keeps_the_function_where_nothing_changes() -> None:
     assert set(model.no_weight_decay()) == optimizer_names <= {key for key, _ in model.named_parameters()}
 
 
-def test_fast_mirror_path_equals_the_general_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_mirror_path_equals_the_general_one(
+    transforms_by_products: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With all transforms by matrix products the model computes the same."""
     fast = scrambled(small_vit(dtype=torch.float64))
-    monkeypatch.setattr("equiflop.nn.activation.fourier_plan", lambda _: None)
+    transforms_by_products()
     monkeypatch.setattr("equiflop.grids.GridDecomposition.fast_plan", None)
     monkeypatch.setattr("equiflop.nn.grid.grid_decomposition", GridDecomposition)  # not the cached ones
     general = small_vit(dtype=torch.float64)
-    general.load_state_dict(fast.state_dict())
-    assert "matrix products" in repr(general) and "matrix product" in repr(general.patch_embed.transform)
+    state = fast.state_dict()
+    for name, module in fast.named_modules():
+        if name.endswith((".fc1", ".fc2")):  # there the factors of the transform stand in the weights
+            for irrep in module.in_rep.group.irreps:
+                state[f"{name}.{irrep.name}.weight"] = state[f"{name}.{irrep.name}.weight"] / module.gain(irrep)
+            bias = f"{name}.{module.in_rep.group.irreps[0].name}.bias"
+            state[bias] = state[bias] / module.bias_gain
+    general.load_state_dict(state)
+    fast_mlp, general_mlp = fast.blocks[0].mlp, general.blocks[0].mlp
+    assert general_mlp.fc1.by_product and general_mlp.fc2.by_product
+    assert not (fast_mlp.fc1.by_product or fast_mlp.fc2.by_product)
+    assert "matrix product" in repr(general.patch_embed.transform)
     assert "matrix product" not in repr(fast)
     images = images_for(fast)
     assert relative_error(general(images), fast(images)) < 1e-12
@@ -552,7 +568,7 @@ def test_trivial_group_is_timms_network() -> None:
     plain = scramble(timm.create_model("deit3_small_patch16_224", **options).double().eval(), 1)
     state = {}
     for key, value in model.state_dict().items():
-        name = key.replace("weight_A", "weight").replace("pos_embed.weight", "pos_embed")
+        name = key.replace("pos_embed.weight_A", "pos_embed").replace(".A.", ".")
         if name == "patch_embed.proj.weight":  # rows (pixel, channel); timm's kernel is (channel, row, column)
             value = value.unflatten(1, (8, 8, 3)).permute(0, 3, 1, 2)
         state[name] = value[None] if name == "pos_embed" else value

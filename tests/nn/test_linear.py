@@ -128,7 +128,9 @@ def test_one_2d_weight_per_irrep(name: str) -> None:
         f"{i.name}.weight": (i.endomorphism_dim * 3 * i.regular_multiplicity, 2 * i.regular_multiplicity)
         for i in g.irreps
     }
-    assert {key: tuple(value.shape) for key, value in layer.state_dict().items()} == expected | {f"{g.irreps[0].name}.bias": (3,)}
+    assert {key: tuple(value.shape) for key, value in layer.state_dict().items()} == expected | {
+        f"{g.irreps[0].name}.bias": (3,)
+    }
 
 
 def test_repr_shows_reps_and_parameters() -> None:

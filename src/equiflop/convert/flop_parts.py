@@ -34,7 +34,7 @@ class FlopMapping(Mapping):
         if linear.bias is not None:
             irrep, _ = linear.weights()[0]
             bias = self.official.take(f"{source}.{stem}_sym.bias", linear.bias.shape)
-            self.out[f"{target}.{irrep.name}.bias"] = linear.gain(irrep) * bias
+            self.out[f"{target}.{irrep.name}.bias"] = linear.bias_gain * bias
 
     def layer_norm(self, norm: LayerNorm, source: str, target: str) -> None:
         """``<source>.scaling``."""

@@ -157,9 +157,8 @@ def _linear(mapping: Mapping, linear: Linear, name: str) -> None:
         found = mapping.official.take(f"{name}.lin_{irrep.name}.weight", weight.shape)
         mapping.out[f"{name}.{irrep.name}.weight"] = linear.gain(irrep) * found
     if linear.bias is not None:
-        trivial, _ = linear.weights()[0]
         bias = mapping.official.take(f"{name}.lin_A1.bias", linear.bias.shape)
-        mapping.out[f"{name}.A1.bias"] = linear.gain(trivial) * bias
+        mapping.out[f"{name}.A1.bias"] = linear.bias_gain * bias
 
 
 def _layer_norm(mapping: Mapping, norm: LayerNorm, name: str) -> None:

@@ -135,9 +135,7 @@ def _norm(x: Tensor, layout: Layout, norm: norms.Norm | norms.Affine | None) -> 
     return x if norm is None else norms.affine(x, layout, norm)
 
 
-def _norm_on_lanes(
-    lanes: Sequence[Tensor], layout: Layout, norm: norms.Norm | norms.Affine | None
-) -> list[Tensor]:
+def _norm_on_lanes(lanes: Sequence[Tensor], layout: Layout, norm: norms.Norm | norms.Affine | None) -> list[Tensor]:
     if isinstance(norm, norms.Norm):
         return norms.on_lanes(lanes, layout, norm)
     return list(lanes) if norm is None else norms.affine_on_lanes(lanes, layout, norm.weight, norm.bias)

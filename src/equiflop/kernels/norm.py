@@ -103,10 +103,7 @@ def on_lanes(lanes: Sequence[Tensor], layout: Layout, norm: Norm) -> list[Tensor
         variance = variance + square
     inverse = torch.rsqrt(variance + norm.eps)
     normal = [part * inverse for part in centred]
-    return [
-        lane.to(dtype)
-        for lane in affine_on_lanes(normal, layout, norm.weight, norm.bias)
-    ]
+    return [lane.to(dtype) for lane in affine_on_lanes(normal, layout, norm.weight, norm.bias)]
 
 
 def affine_on_lanes(

@@ -164,9 +164,7 @@ _RESMLP_BIG: dict[str, Any] = {
 
 # Plain twins that timm lacks.
 _PLAIN_MODELS: dict[str, _Row] = {
-    "deit3_tiny_patch16_224": _Row(
-        _VIT, {**_DEIT3_SIZES["tiny_patch16"], "no_embed_class": True, "init_values": 1e-6}
-    ),
+    "deit3_tiny_patch16_224": _Row(_VIT, {**_DEIT3_SIZES["tiny_patch16"], "no_embed_class": True, "init_values": 1e-6}),
     "resmlp_big_24_patch16_224": _Row(_RESMLP, _RESMLP_BIG),
     "resmlp_large_24_224": _Row(_RESMLP, {**_RESMLP_BIG, "embed_dim": 1280}),
     **{f"convnext_isotropic_{size}": _Row(_ISOTROPIC, args) for size, args in _ISOTROPIC_SIZES.items()},

@@ -73,9 +73,7 @@ class EquivariantConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Three axes: with four, Inductor takes positions times channels for an image and reorders its axes.
         branch = self.conv_dw(x).permute(0, 2, 3, 1).flatten(1, 2)
-        branch = residual_branch(
-            branch, self._layout, self.norm, self.mlp, self.ls, self.drop_path, residual=False
-        )
+        branch = residual_branch(branch, self._layout, self.norm, self.mlp, self.ls, self.drop_path, residual=False)
         return x + branch.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
 
 

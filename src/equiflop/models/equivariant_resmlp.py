@@ -16,8 +16,8 @@ from equiflop.kernels import Order, is_bare, layout_of
 from equiflop.kernels.branch import Mlp as MlpParts
 from equiflop.kernels.orders import write
 from equiflop.models.classifier import replace_classifier
-from equiflop.models.initialise import init_linears
 from equiflop.models.image_size import check_image_size
+from equiflop.models.initialise import init_linears
 from equiflop.nn import (
     Affine,
     FixedTensors,
@@ -129,7 +129,7 @@ class ChannelMlp(Mlp):
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
-        parts = super().parts()
+        parts = self._parts_of(ChannelMlp)
         if parts is None or not (is_bare(self.bias1, MatchedBias) and is_bare(self.bias2, MatchedBias)):
             return None
         return parts._replace(bias1=self.bias1.lanes(), bias2=self.bias2.lanes())

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from equiflop.grids import ImageGroup, as_image_group
 from equiflop.groups import Rep
 from equiflop.models.classifier import replace_classifier
-from equiflop.models.initialise import init_linears, reset_all
 from equiflop.models.image_size import check_image_size
+from equiflop.models.initialise import init_linears, reset_all
 from equiflop.models.transition import FinalPlainNorm, FirstPlainBlock, ToInvariants, ToIrrepOrder, ToRegular
-from equiflop.nn import Block, Invariants, LayerNorm, Linear, PatchEmbed, PositionEmbedding
-from equiflop.nn.invariants import InvariantKind
+from equiflop.nn import Block, Invariants, LayerNorm, PatchEmbed, PositionEmbedding
+from equiflop.nn.attention import Heads, check_heads
 from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
-from equiflop.nn.attention import Heads, check_heads
+from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.norm import Weighting
 
 #: ``equivariant``: every block; ``hybrid``: the first blocks, then plain ones on the same channels; ``invariant``: the
@@ -242,8 +242,8 @@ class EquivariantVisionTransformer(VisionTransformer):
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialise as published: linear maps, position embedding and class token truncated normal 0.02, biases 0.
 
-        Class token and position embedding take ``token_std``, eight times as much in the published octic networks (arXiv
-        2505.15441).
+        Class token and position embedding take ``token_std``, eight times as much in the published octic networks
+        (arXiv 2505.15441).
 
         Args:
             mode: ``""``, or ``"reset"`` to use every layer's own initialisation.

@@ -38,4 +38,3 @@ def reset_all(module: nn.Module) -> None:
             reset()
         else:
             reset_all(child)
-

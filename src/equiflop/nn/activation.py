@@ -18,7 +18,8 @@ class FourierActivation(FixedTensors):
     """A pointwise function in the spatial domain, where the group only permutes, between two Fourier transforms.
 
     For groups whose transform factorises into additions (all the named image groups) no matrix product is made. The
-    transforms are orthogonal. Between two linear maps they cost nothing: see :class:`equiflop.nn.Mlp`. Bökman et al., arXiv 2502.05169, section 3.
+    transforms are orthogonal. Between two linear maps they cost nothing: see :class:`equiflop.nn.Mlp`. Bökman et al.,
+    arXiv 2502.05169, section 3.
 
     Args:
         rep: type of the feature axis; a multiple of the regular representation.

@@ -244,8 +244,10 @@ class Linear(FixedTensors):
 
     def extra_repr(self) -> str:
         count = sum(p.numel() for p in self.parameters())
-        orders = "" if self.in_order.kind == self.out_order.kind == "irreps" else (
-            f", {self.in_order.kind} -> {self.out_order.kind}"
+        orders = (
+            ""
+            if self.in_order.kind == self.out_order.kind == "irreps"
+            else (f", {self.in_order.kind} -> {self.out_order.kind}")
         )
         sections = "" if self.out_order.sections == 1 else f"{self.out_order.sections} x "
         return f"{self.in_rep} -> {sections}{self.out_rep}{orders}, {count} parameters, bias={self.bias is not None}"

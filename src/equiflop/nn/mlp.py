@@ -55,6 +55,7 @@ class Mlp(PlainMlp):
         self._hidden = layout_of(hidden_rep)
         self.fc1 = Linear(rep, hidden_rep, bias=bias, out_order="group", **dd)
         self.act = nn.GELU() if act is None else act if isinstance(act, nn.Module) else Pointwise(act)
+        self._pointwise = type(self.act)  # another one may not be: it is called with the whole axis
         self.drop1 = Dropout(hidden_rep, drop, order="group")
         self.fc2 = Linear(hidden_rep, rep, bias=bias, in_order="group", **dd)
         self.drop2 = Dropout(rep, drop)
@@ -62,9 +63,15 @@ class Mlp(PlainMlp):
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
-        if not (is_bare(self, type(self)) and is_bare(self.norm, nn.Identity) and is_bare(self.act, type(self.act))):
+        return self._parts_of(Mlp)
+
+    def _parts_of(self, kind: type[Mlp]) -> MlpParts | None:
+        """:meth:`parts` where this is of the class ``kind``, not of one made from it."""
+        if not (is_bare(self, kind) and is_bare(self.norm, nn.Identity) and is_bare(self.act, self._pointwise)):
             return None
-        if not all(is_bare(drop, Dropout) and (drop.p == 0.0 or not drop.training) for drop in (self.drop1, self.drop2)):
+        if not all(
+            is_bare(drop, Dropout) and (drop.p == 0.0 or not drop.training) for drop in (self.drop1, self.drop2)
+        ):
             return None
         fc1, fc2 = self.fc1, self.fc2
         first, second = (fc.maps() if isinstance(fc, Linear) else None for fc in (fc1, fc2))

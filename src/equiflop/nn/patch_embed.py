@@ -96,6 +96,7 @@ class PatchEmbed(nn.Module):
 
         The published code scales the output, bias included, by ``sqrt(1/2)``; the bound of the bias follows it.
         """
+
         def uniform(weight: Tensor, algebra: int) -> None:
             bound = 1.0 / math.sqrt(weight.shape[1])
             nn.init.uniform_(weight, -bound, bound)

@@ -49,7 +49,11 @@ def residual_branch(
         y = kernels.branch(x, layout, parts)
         if y is not None:
             return y
-    y = drop_path(scale(body(norm(x), **options)))
+    y = scale(body(norm(x), **options))
+    if parts is None:
+        y = drop_path(y)
+    elif parts.keep is not None:  # drawn already: once, whichever path computes the branch
+        y = y * parts.keep
     return x + y if residual else y
 
 
@@ -69,6 +73,9 @@ def _parts(
         gamma = None
     else:
         return None
+    body_parts = body.parts(**options) if hasattr(body, "parts") else None
+    if body_parts is None:
+        return None
     if is_bare(drop_path, DropPath):
         # what stochastic depth makes of ones is its factor for every sample
         keep = drop_path(x.new_ones(x.shape[0], 1, 1)) if drop_path.training and drop_path.drop_prob else None
@@ -76,5 +83,4 @@ def _parts(
         keep = None
     else:
         return None
-    body_parts = body.parts(**options) if hasattr(body, "parts") else None
-    return None if body_parts is None else kernels.Parts(norm_parts, body_parts, gamma, keep, residual)
+    return kernels.Parts(norm_parts, body_parts, gamma, keep, residual)

@@ -1,0 +1,351 @@
+"""Every variant of every operation against the reference: the branch's own modules, and the norm's few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from equiflop import Rep, kernels
+from equiflop.kernels import TABLE, branch, choose
+from equiflop.nn import Block, LayerNorm
+from oracles import group, relative_error, scramble
+
+#: Groups whose transform is made of additions; for C3 and D3 no variant of a branch applies.
+PLANNED = ("C1", "C2", "C2xC2", "C4", "D4", "Q8")
+WITHOUT_PLAN = ("C3", "D3")
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the variants that run, as ``operation/variant``."""
+    taken: list[str] = []
+
+    def counting(operation: str, variant: kernels.Variant) -> kernels.Variant:
+        def run(*args: Any) -> Any:
+            taken.append(f"{operation}/{variant.name}")
+            return variant.run(*args)
+
+        return replace(variant, run=run)
+
+    with monkeypatch.context() as patch:
+        for operation, variants in TABLE.items():
+            patch.setitem(TABLE, operation, tuple(counting(operation, variant) for variant in variants))
+        yield taken
+
+
+def outputs_and_gradients(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and the gradients of all inputs and parameters of a function that weighs every entry."""
+    x = x.clone().requires_grad_()
+    y = call(x)
+    weights = torch.linspace(0.5, 1.5, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+    named = dict(module.named_parameters())
+    return [y.detach(), *torch.autograd.grad((weights * y).sum(), [x, *named.values()])]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert relative_error(a, b) < tolerance, i
+
+
+def block_of(name: str, copies: int = 4, dtype: torch.dtype = torch.float64, **options: Any) -> Block:
+    rep = Rep.regular(group(name), copies)
+    heads = 2 * rep.group.order if options.get("heads") == "regular" else 2
+    return scramble(Block(rep, heads, **{"init_values": 0.5, **options}, dtype=dtype))  # type: ignore[return-value]
+
+
+def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(module, backend="eager", fullgraph=True)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "no layer scale": {"init_values": None},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "octic weighting": {"norm_weighting": "octic"},
+    "no layer scale, no biases": {"init_values": None, "qkv_bias": False, "proj_bias": False},
+    "narrow MLP": {"mlp_ratio": 0.5},
+}
+
+
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_eager_with_gradients(name: str, heads: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = block_of(name, heads=heads, **OPTIONS[option])
+    x = torch.randn(1, 3, block.rep.dim, dtype=torch.float64)
+    with kernels.reference(), counted(monkeypatch) as taken:
+        expected = outputs_and_gradients(block, block, x)
+    assert taken == []
+    with counted(monkeypatch) as taken:
+        found = outputs_and_gradients(block, block, x)
+    assert taken.count("branch/eager") == 2
+    assert_same(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize(("batch", "tokens", "copies"), [(1, 1, 2), (1, 7, 4), (3, 5, 6)])
+def test_eager_in_place(
+    name: str, heads: str, batch: int, tokens: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for act in (nn.GELU(), nn.GELU("tanh"), nn.SiLU(), torch.tanh):
+        block = block_of(name, copies, heads=heads, act=act)
+        x = torch.randn(batch, tokens, block.rep.dim, dtype=torch.float64)
+        given = x.clone()
+        with torch.no_grad():
+            with kernels.reference():
+                expected = block(x)
+            with counted(monkeypatch) as taken:
+                found = block(given)
+        assert taken.count("branch/eager") == 2
+        assert torch.equal(given, x)
+        assert relative_error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+@pytest.mark.parametrize("name", PLANNED)
+def test_lanes_under_a_compiler(name: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = block_of(name, heads=heads, **OPTIONS["as it is" if heads == "coupled" else "no layer scale, no biases"])
+    x = torch.randn(2, 5, block.rep.dim, dtype=torch.float64)
+    with kernels.reference():
+        expected = outputs_and_gradients(block, block, x)
+    with counted(monkeypatch) as taken:
+        found = outputs_and_gradients(compiled(block), block, x)
+    assert taken.count("branch/lanes") == 2
+    assert_same(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", WITHOUT_PLAN)
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+def test_groups_without_a_transform_by_additions(name: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their MLP and regular heads are the plain modules; coupled heads need no transform and have their kernel."""
+    block = block_of(name, heads=heads)
+    x = torch.randn(2, 5, block.rep.dim, dtype=torch.float64)
+    with kernels.reference():
+        expected = outputs_and_gradients(block, block, x)
+    with counted(monkeypatch) as taken:
+        found = outputs_and_gradients(block, block, x)
+    assert taken.count("branch/eager") == (1 if heads == "coupled" else 0)
+    assert_same(found, expected, 1e-12)
+    assert_same(outputs_and_gradients(compiled(block), block, x), expected, 1e-12)
+
+
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+def test_features_that_are_no_multiple_of_the_regular_representation(
+    heads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rep = Rep(group("D4"), (2, 4, 6, 2, 8))
+    if heads == "regular":
+        with pytest.raises(ValueError, match="multiple of the regular representation"):
+            Block(rep, 8, heads="regular")
+        return
+    block = scramble(Block(rep, 2, mlp_ratio=4.0, init_values=0.5, dtype=torch.float64)) if rep.dim % 2 == 0 else None
+    assert block is not None
+    x = torch.randn(2, 3, rep.dim, dtype=torch.float64)
+    with counted(monkeypatch) as taken:
+        found = outputs_and_gradients(block, block, x)
+    assert not any(name.startswith("branch") for name in taken)
+    with kernels.reference():
+        assert_same(found, outputs_and_gradients(block, block, x), 1e-12)
+
+
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+@pytest.mark.parametrize("name", PLANNED)
+def test_float32(name: str, heads: str) -> None:
+    block = block_of(name, 8, torch.float32, heads=heads)
+    x = torch.randn(2, 5, block.rep.dim)
+    with kernels.reference():
+        expected = outputs_and_gradients(block, block, x)
+        with torch.no_grad():
+            values = block(x)
+    assert_same(outputs_and_gradients(block, block, x), expected, 1e-5)
+    assert_same(outputs_and_gradients(compiled(block), block, x), expected, 1e-5)
+    with torch.no_grad():
+        assert relative_error(block(x), values) < 1e-5
+
+
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+@pytest.mark.parametrize("name", PLANNED)
+def test_bfloat16(name: str, heads: str) -> None:
+    exact = block_of(name, 8, heads=heads)
+    block = block_of(name, 8, torch.bfloat16, heads=heads)
+    block.load_state_dict(exact.state_dict())
+    x = torch.randn(2, 5, block.rep.dim, dtype=torch.bfloat16)
+    with torch.no_grad():
+        with kernels.reference():
+            expected = exact(x.double())
+        for found in (block(x), compiled(block)(x)):
+            assert found.dtype == torch.bfloat16
+            assert relative_error(found, expected) < 2e-2
+
+
+@pytest.mark.parametrize("name", ["C2", "D4", "C3"])
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+def test_autocast(name: str, heads: str) -> None:
+    """Of float32 weights: the same steps in half precision, forward and backward, to that precision."""
+    block = block_of(name, 8, torch.float32, heads=heads)
+    x = torch.randn(2, 5, block.rep.dim)
+    with torch.no_grad(), kernels.reference():
+        exact = block(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        with kernels.reference():
+            expected = outputs_and_gradients(block, block, x)
+        found = outputs_and_gradients(block, block, x)
+        with torch.no_grad():
+            values = block(x)
+    assert found[0].dtype == expected[0].dtype == values.dtype
+    for y in (found[0], values):
+        assert relative_error(y, exact) < 2e-2
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        assert (a - b).norm() < 5e-2 * b.norm()
+
+
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+@pytest.mark.parametrize("name", ["C2", "D4"])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_stochastic_depth(name: str, heads: str, scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same samples are dropped, whichever path computes the others."""
+    block = block_of(name, heads=heads, drop_path=0.5, init_values=scale).train()
+    x = torch.randn(16, 3, block.rep.dim, dtype=torch.float64)
+
+    def run(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(7)
+        return outputs_and_gradients(call, block, x)
+
+    with kernels.reference():
+        expected = run(block)
+    with counted(monkeypatch) as taken:
+        assert_same(run(block), expected, 1e-12)
+    assert taken.count("branch/eager") == 2
+    assert_same(run(compiled(block)), expected, 1e-12)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = block_of("C2")
+    x = torch.randn(2, 5, block.rep.dim, dtype=torch.float64)
+    mask = None if is_causal else torch.rand(5, 5) > 0.3
+    if mask is not None:
+        mask.fill_diagonal_(True)
+
+    def run(x: Tensor) -> Tensor:
+        return block(x, attn_mask=mask, is_causal=is_causal)
+
+    with kernels.reference():
+        expected = outputs_and_gradients(run, block, x)
+    with counted(monkeypatch) as taken:
+        assert_same(outputs_and_gradients(run, block, x), expected, 1e-12)
+    assert taken.count("branch/eager") == 2
+    assert not torch.allclose(block(x), run(x))
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("name", ["C2", "D4"])
+@pytest.mark.parametrize(("batch", "parts"), [(1, 1), (5, 2), (8, 3)])
+def test_parts_of_the_batch(
+    name: str, batch: int, parts: int, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = block_of(name)
+    x = torch.randn(batch, 7, block.rep.dim, dtype=torch.float64)
+    with torch.no_grad(), kernels.reference():
+        expected = block(x)
+    three = 3 * 7 * 4 * block.rep.dim * 8  # bytes of hidden features of three images
+    monkeypatch.setattr(branch, "PART_BYTES", three)
+    monkeypatch.setattr(branch, "LARGE_BYTES", three)
+    with torch.no_grad(), counted(monkeypatch) as names:
+        found = (compiled(block) if compiling else block)(x)
+    assert names.count("branch/parts") == (1 if parts > 1 else 0)
+    assert relative_error(found, expected) < 1e-14
+    with counted(monkeypatch) as names:
+        block(x)
+    assert "branch/parts" not in names  # gradients need the whole
+
+
+NORMS: list[tuple[str, tuple[int, ...]]] = [
+    ("C1", (6,)),
+    ("C2", (5, 3)),
+    ("C2", (4, 4)),
+    ("C2", (4, 0)),
+    ("C2", (1, 1)),
+    ("C2xC2", (3, 3, 3, 3)),
+    ("C3", (3, 3)),
+    ("C4", (4, 4, 4)),
+    ("D4", (4, 4, 4, 4, 8)),
+    ("D4", (1, 1, 1, 1, 2)),
+    ("D4", (1, 0, 3, 4, 2)),
+    ("Q8", (2, 2, 2, 2, 2)),
+    ("D3", (2, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("weighting", ["entries", "octic"])
+@pytest.mark.parametrize(("affine", "bias"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(("name", "multiplicities"), NORMS)
+def test_norm(
+    name: str,
+    multiplicities: tuple[int, ...],
+    affine: bool,
+    bias: bool,
+    weighting: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rep = Rep(group(name), multiplicities)
+    norm = scramble(LayerNorm(rep, 1e-3, affine=affine, bias=bias, weighting=weighting, dtype=torch.float64))
+    x = 3.0 + torch.randn(2, 5, rep.dim, dtype=torch.float64)
+    with kernels.reference():
+        expected = outputs_and_gradients(norm, norm, x)
+    with counted(monkeypatch) as taken:
+        assert_same(outputs_and_gradients(norm, norm, x), expected, 1e-12)
+    fused = weighting == "entries" and min(multiplicities) > 1
+    assert taken == (["layer_norm/torch"] if fused else [])
+    if affine != bias:
+        return  # compiled as the others
+    with counted(monkeypatch) as taken:
+        assert_same(outputs_and_gradients(compiled(norm), norm, x), expected, 1e-12)
+    assert taken == (["layer_norm/lanes"] if rep.regular_copies else [])
+
+
+@pytest.mark.parametrize("name", ["C2", "D4"])
+def test_norm_of_features_far_from_zero(name: str) -> None:
+    """A mean a thousand times the deviation costs no digits that the reference keeps."""
+    rep = Rep.regular(group(name), 16)
+    exact = scramble(LayerNorm(rep, dtype=torch.float64))
+    norm = LayerNorm(rep)
+    norm.load_state_dict(exact.state_dict())
+    x = torch.randn(2, 5, rep.dim) + 1000.0
+    with kernels.reference():
+        expected = exact(x.double())
+    for found in (norm(x), compiled(norm)(x)):
+        assert relative_error(found, expected) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["C2", "D4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norm_of_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+    rep = Rep.regular(group(name), 16)
+    norm = scramble(LayerNorm(rep, dtype=dtype))
+    exact = LayerNorm(rep, dtype=torch.float64)
+    exact.load_state_dict(norm.state_dict())
+    x = torch.randn(2, 5, rep.dim).to(dtype)
+    expected = exact(x.double())
+    with kernels.reference():
+        reference = norm(x)
+    for found in (norm(x), compiled(norm)(x), reference):
+        assert found.dtype == dtype
+        assert relative_error(found, expected) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_the_table_is_complete() -> None:
+    """What this file compares is all there is."""
+    names = {f"{operation}/{variant.name}" for operation, variants in TABLE.items() for variant in variants}
+    assert names == {"branch/parts", "branch/lanes", "branch/eager", "layer_norm/torch", "layer_norm/lanes"}
+    assert all(variant.when for variants in TABLE.values() for variant in variants)
+    assert choose._forced is False
