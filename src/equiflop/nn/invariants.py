@@ -136,6 +136,11 @@ class Invariants(FixedTensors):
         return f"{self.rep}, {self.kind!r} -> {self.out_features}"
 
 
+def all_magnitudes(group: FiniteGroup) -> InvariantKind:
+    """The kind of invariants with as many values as channels, or the nearest one for groups that have none."""
+    return "magnitudes" if has_magnitudes(group) else "norm"
+
+
 def has_magnitudes(group: FiniteGroup) -> bool:
     """Whether every irrep consists of signed permutations, which move absolute values of rows about."""
     return all(bool(np.isin(np.abs(irrep.matrices).round(12), (0.0, 1.0)).all()) for irrep in group.irreps)

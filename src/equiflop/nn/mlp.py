@@ -61,7 +61,7 @@ class Mlp(PlainMlp):
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
-        if not (is_bare(self, type(self)) and is_bare(self.norm, nn.Identity) and is_bare(self.act, type(self.act))):
+        if not (is_bare(self, type(self)) and is_bare(self.norm, nn.Identity) and _is_pointwise(self.act)):
             return None
         if not all(is_bare(drop, Dropout) and (drop.p == 0.0 or not drop.training) for drop in (self.drop1, self.drop2)):
             return None
@@ -70,6 +70,12 @@ class Mlp(PlainMlp):
         if first is None or second is None:
             return None
         return MlpParts(first, self.act, second, self._hidden)
+
+
+def _is_pointwise(act: nn.Module) -> bool:
+    """Whether an activation may be applied to parts of the axis: one without parameters or modules, of a library."""
+    own = act._parameters or act._modules or act._buffers
+    return not own and is_bare(act, type(act)) and type(act).__module__.startswith(("torch.", "timm.", "equiflop."))
 
 
 class Pointwise(nn.Module):
