@@ -13,7 +13,7 @@ from equiflop.groups import Rep, dihedral, flop, octahedral
 from equiflop.nn import Invariants, ToSpatial
 from oracles import LAYER_GROUPS, group, left_translation, tensor_action
 
-KINDS = ("trivial", "norm", "power_spectrum", "polynomial")
+KINDS = ("trivial", "norm", "magnitudes", "power_spectrum", "polynomial")
 
 
 def small_enough(name: str) -> bool:
@@ -142,7 +142,7 @@ def test_copies_do_not_mix() -> None:
 
 
 def test_errors() -> None:
-    choices = "trivial, norm, power_spectrum, polynomial"
+    choices = "trivial, norm, magnitudes, power_spectrum, polynomial"
     with pytest.raises(ValueError, match=f"invariants='max' is unknown; choose from {choices}"):
         Invariants(Rep.regular(flop(), 2), "max")  # type: ignore[arg-type]
     for kind in ("power_spectrum", "polynomial"):

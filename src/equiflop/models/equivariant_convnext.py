@@ -20,7 +20,7 @@ from equiflop.models.initialise import init_linears
 from equiflop.models.isotropic_convnext import IsotropicConvNeXt
 from equiflop.nn import DepthwiseConv, Downsample, Invariants, LayerScale, Mlp, PatchEmbed
 from equiflop.nn import LayerNorm as EquivariantLayerNorm
-from equiflop.nn.checks import check_mirrored
+from equiflop.nn.checks import check_images, check_mirrored
 from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind, all_magnitudes
@@ -121,6 +121,7 @@ class EquivariantStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patch = self.proj.patch_size[0]
+        check_images(x, self.proj.in_chans, None, (1, 1))
         check_mirrored(x, self.stride, patch, self._mirrors, self.group.name)
         x = x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]
         return self.norm(self.proj(x)).permute(0, 3, 1, 2)
