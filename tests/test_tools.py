@@ -287,10 +287,12 @@ def test_linear_layers_names_what_tools_look_for() -> None:
     model = small_model(VIT)
     everything = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert equiflop.linear_layers(model) == everything
-    assert equiflop.linear_layers(model, ["blocks.1.mlp.fc1", "head"]) == ["blocks.1.mlp.fc1.A", "blocks.1.mlp.fc1.B", "head"]
+    found = equiflop.linear_layers(model, ["blocks.1.mlp.fc1", "head"])
+    assert found == ["blocks.1.mlp.fc1.A", "blocks.1.mlp.fc1.B", "head"]
     assert "patch_embed.proj.A" in equiflop.linear_layers(model, ["proj"])
     hybrid = equiflop.linear_layers(small_model("flop_hybrid_deit3_small_patch16_224"), ["qkv"])
-    assert hybrid == [*(f"blocks.{i}.attn.qkv.{irrep}" for i in (0, 1) for irrep in "AB"), "blocks.2.attn.qkv", "blocks.3.attn.qkv"]
+    equivariant = [f"blocks.{i}.attn.qkv.{irrep}" for i in (0, 1) for irrep in "AB"]
+    assert hybrid == [*equivariant, "blocks.2.attn.qkv", "blocks.3.attn.qkv"]
     with pytest.raises(ValueError, match="'qk' is no linear map of EquivariantVisionTransformer"):
         equiflop.linear_layers(model, ["qkv", "qk"])
 

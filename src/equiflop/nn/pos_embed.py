@@ -176,7 +176,8 @@ class PositionEmbedding(FixedTensors):
         for name in weights:
             del state[prefix + name]
         state.update({prefix + name: weight.to(like.dtype) for name, weight in resized.items()})
-        return f"position embedding resampled from {grid[0]}x{grid[1]} to {self.grid_size[0]}x{self.grid_size[1]} tokens"
+        before, after = ("x".join(map(str, size)) for size in (grid, self.grid_size))
+        return f"position embedding resampled from {before} to {after} tokens"
 
     def _grid_of(self, rows: dict[str, int]) -> tuple[int, int] | None:
         """The grid on which the field has so many values of each irrep: a square one, or the one whose sides are most
