@@ -179,8 +179,8 @@ class InvariantHead(nn.Module):
     """Invariants of every position, their mean, plain layer norm, classifier.
 
     Without classifier the output has as many values as there are channels, as everywhere in timm: what the classifier
-    would see, and behind it the magnitudes of all other channels, in a layer norm without parameters; where ``kind`` was
-    given, what the classifier would see alone.
+    would see, and behind it the magnitudes of all other channels, in a layer norm without parameters; where ``kind``
+    was given, what the classifier would see alone.
 
     Args:
         rep: type of the channels.

@@ -345,7 +345,7 @@ class EquivariantResMLP(MlpMixer):
             return PairedInvariants(rep, kind, group, grid, **dd) if paired else MeanInvariants(rep, kind, **dd)
 
         self.invariants = make_invariants(kind)
-        every: InvariantKind = "norm" if head == "paired" else all_magnitudes(group)
+        every: InvariantKind = "norm" if head == "paired" else all_magnitudes(rep.group)
         self.feature_invariants = self.invariants if invariants else make_invariants(every)
         self.head_hidden_size = self.invariants.out_features
         self.head_norm = Affine(Rep.trivial(group, self.head_hidden_size), **dd)
