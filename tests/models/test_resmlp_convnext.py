@@ -70,7 +70,7 @@ def test_methods_of_timm(name: str) -> None:
     assert model(x).shape == (3, 11)
     assert model.get_classifier().out_features == 11
     model.reset_classifier(0)
-    assert model(x).shape == (3, model.head_hidden_size)
+    assert model(x).shape == (3, model.num_features)
     assert isinstance(model.get_classifier(), nn.Identity)
 
 

@@ -57,7 +57,7 @@ def test_every_option(design: str, options: str, group: str) -> None:
     assert worst_error(scrambled(model), group, size_of(kwargs)) < 1e-12
 
 
-@pytest.mark.parametrize("invariants", ["trivial", "norm", "power_spectrum", "polynomial"])
+@pytest.mark.parametrize("invariants", ["trivial", "norm", "magnitudes", "power_spectrum", "polynomial"])
 @pytest.mark.parametrize("design", ["equivariant", "invariant"])
 @pytest.mark.parametrize("group", IMAGE_GROUPS)
 def test_invariants(group: str, design: str, invariants: str) -> None:

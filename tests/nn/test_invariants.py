@@ -11,9 +11,10 @@ from torch import Tensor
 
 from equiflop.groups import Rep, dihedral, flop, octahedral
 from equiflop.nn import Invariants, ToSpatial
+from equiflop.nn.invariants import has_magnitudes
 from oracles import LAYER_GROUPS, group, left_translation, tensor_action
 
-KINDS = ("trivial", "norm", "power_spectrum", "polynomial")
+KINDS = ("trivial", "norm", "magnitudes", "power_spectrum", "polynomial")
 
 
 def small_enough(name: str) -> bool:
@@ -26,6 +27,10 @@ def test_no_element_changes_them(name: str, kind: str) -> None:
     if kind == "polynomial" and not small_enough(name):
         with pytest.raises(ValueError, match="up to order 8"):
             Invariants(Rep.regular(group(name), 2), "polynomial")
+        return
+    if kind == "magnitudes" and not has_magnitudes(group(name)):
+        with pytest.raises(ValueError, match=r"needs irreps of signed permutations; group .* has others; use 'norm'"):
+            Invariants(Rep.regular(group(name), 2), "magnitudes")
         return
     rep = Rep.regular(group(name), 3)
     layer = Invariants(rep, kind, dtype=torch.float64)  # type: ignore[arg-type]
@@ -100,8 +105,10 @@ def test_spatial_domain_is_permuted(name: str) -> None:
         assert (layer(x @ tensor_action(rep, a).T) - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["C2", "C3", "D4", "Q8"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in ("C2", "C3", "D4", "Q8") for kind in KINDS if (name, kind) != ("C3", "magnitudes")],
+)
 def test_gradients(name: str, kind: str) -> None:
     layer = Invariants(Rep.regular(group(name), 1), kind, dtype=torch.float64)  # type: ignore[arg-type]
     x = torch.randn(2, layer.rep.dim, dtype=torch.float64, requires_grad=True)
@@ -141,8 +148,19 @@ def test_copies_do_not_mix() -> None:
             assert (together[..., copy] - alone).abs().max() < 1e-12
 
 
+def test_magnitudes_are_as_many_as_channels() -> None:
+    assert [name for name in LAYER_GROUPS if not has_magnitudes(group(name))] == ["C3", "D3", "A4"]
+    rep = Rep(dihedral(4), (2, 0, 1, 0, 2))
+    x = torch.tensor([[1.0, -2.0, -3.0, 4.0, -5.0, -6.0, 5.0]])
+    found = Invariants(rep, "magnitudes")(x)
+    assert found.tolist() == [[1.0, -2.0, 3.0, 6.0, 5.0, 4.0, 5.0]]  # rows (4, -5) and (-6, 5) of two copies
+    rep = Rep(flop(), (2, 3))
+    x = torch.randn(4, 5)
+    assert torch.equal(Invariants(rep, "magnitudes")(x), Invariants(rep, "norm")(x))
+
+
 def test_errors() -> None:
-    choices = "trivial, norm, power_spectrum, polynomial"
+    choices = "trivial, norm, magnitudes, power_spectrum, polynomial"
     with pytest.raises(ValueError, match=f"invariants='max' is unknown; choose from {choices}"):
         Invariants(Rep.regular(flop(), 2), "max")  # type: ignore[arg-type]
     for kind in ("power_spectrum", "polynomial"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, get_act_layer, to_ntuple
 from timm.models._manipulate import checkpoint_seq
 from timm.models.convnext import ConvNeXt
@@ -19,10 +20,10 @@ from equiflop.models.initialise import init_linears
 from equiflop.models.isotropic_convnext import IsotropicConvNeXt
 from equiflop.nn import DepthwiseConv, Downsample, Invariants, LayerScale, Mlp, PatchEmbed
 from equiflop.nn import LayerNorm as EquivariantLayerNorm
-from equiflop.nn.checks import check_mirrored
+from equiflop.nn.checks import check_images, check_mirrored
 from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
-from equiflop.nn.invariants import InvariantKind
+from equiflop.nn.invariants import InvariantKind, all_magnitudes
 from equiflop.nn.residual import residual_branch
 
 
@@ -118,6 +119,7 @@ class EquivariantStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patch = self.proj.patch_size[0]
+        check_images(x, self.proj.in_chans, None, (1, 1))
         check_mirrored(x, self.stride, patch, self._mirrors, self.group.name)
         x = x[..., : x.shape[-2] // patch * patch, : x.shape[-1] // patch * patch]
         return self.norm(self.proj(x)).permute(0, 3, 1, 2)
@@ -174,11 +176,15 @@ class EquivariantConvNeXtStage(nn.Module):
 class InvariantHead(nn.Module):
     """Invariants of every position, their mean, plain layer norm, classifier.
 
+    Without classifier the output has as many values as there are channels, as everywhere in timm: what the classifier
+    would see, and behind it the magnitudes of all other channels, in a layer norm without parameters; where ``kind``
+    was given, what the classifier would see alone.
+
     Args:
         rep: type of the channels.
         num_classes: classes; 0 for no classifier.
         pool_type: ``"avg"``, or ``""`` to return the equivariant feature map as it is.
-        kind: which invariants.
+        kind: which invariants; the trivial irrep by default.
         drop_rate: dropout before the classifier.
         device: where the parameters are made.
         dtype: dtype of the parameters.
@@ -194,15 +200,18 @@ class InvariantHead(nn.Module):
         rep: Rep,
         num_classes: int,
         pool_type: str,
-        kind: InvariantKind,
+        kind: InvariantKind | None,
         drop_rate: float,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.invariants = Invariants(rep, kind, device=device, dtype=dtype)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.invariants = Invariants(rep, kind or "trivial", **dd)
+        self.feature_invariants = self.invariants if kind else Invariants(rep, all_magnitudes(rep.group), **dd)
         self.num_features = self.invariants.out_features
+        self.more_features = self.feature_invariants.out_features - self.num_features
         self.norm = LayerNorm(self.num_features, eps=1e-6, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool_type, device=device, dtype=dtype)
@@ -226,6 +235,7 @@ class InvariantHead(nn.Module):
             raise ValueError(f"global_pool='' returns feature maps, so num_classes={num_classes} must be 0")
         if reset_other:
             self.norm = nn.Identity()
+        self.num_classes = num_classes
         self.fc: nn.Module = (
             nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
         )
@@ -234,9 +244,14 @@ class InvariantHead(nn.Module):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if not self.pool_type:
             return x
-        x = self.invariants(x.permute(0, 2, 3, 1)).mean((1, 2))
-        x = self.drop(self.norm(x))
-        return x if pre_logits else self.fc(x)
+        x = x.permute(0, 2, 3, 1)
+        if self.num_classes or pre_logits or self.feature_invariants is self.invariants:
+            x = self.drop(self.norm(self.invariants(x).mean((1, 2))))
+            return x if pre_logits else self.fc(x)
+        every = self.feature_invariants(x).mean((1, 2))
+        others = every[..., self.num_features :]
+        features = [self.norm(every[..., : self.num_features]), F.layer_norm(others, (self.more_features,))]
+        return self.fc(self.drop(torch.cat(features, dim=-1)))
 
 
 class EquivariantConvNeXt(ConvNeXt):
@@ -319,7 +334,7 @@ class EquivariantConvNeXt(ConvNeXt):
         ]
         self.num_features = dims[-1]
         self.norm_pre = nn.Identity()
-        self.head = InvariantHead(self.reps[-1], num_classes, global_pool, invariants or "trivial", drop_rate, **dd)
+        self.head = InvariantHead(self.reps[-1], num_classes, global_pool, invariants, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         _init_convnext(self, head_init_scale)
         self.register_load_state_dict_post_hook(settle_constants)
@@ -381,7 +396,7 @@ class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
                 for rate in calculate_drop_path_rates(drop_path_rate, depth)
             ]
         )
-        self.head = InvariantHead(rep, num_classes, global_pool, invariants or "trivial", drop_rate, **dd)
+        self.head = InvariantHead(rep, num_classes, global_pool, invariants, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         _init_convnext(self, head_init_scale)
         self.register_load_state_dict_post_hook(settle_constants)

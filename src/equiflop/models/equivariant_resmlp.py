@@ -30,7 +30,7 @@ from equiflop.nn import (
 )
 from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
-from equiflop.nn.invariants import InvariantKind
+from equiflop.nn.invariants import InvariantKind, all_magnitudes
 from equiflop.nn.residual import residual_branch
 
 
@@ -339,9 +339,14 @@ class EquivariantResMLP(MlpMixer):
         self.num_classes = num_classes
         self.stem = stem
         kind: InvariantKind = invariants or "trivial"
-        self.invariants: Invariants = (
-            PairedInvariants(rep, kind, group, grid, **dd) if head == "paired" else MeanInvariants(rep, kind, **dd)
-        )
+
+        def make_invariants(kind: InvariantKind) -> Invariants:
+            paired = head == "paired"
+            return PairedInvariants(rep, kind, group, grid, **dd) if paired else MeanInvariants(rep, kind, **dd)
+
+        self.invariants = make_invariants(kind)
+        every: InvariantKind = "norm" if head == "paired" else all_magnitudes(rep.group)
+        self.feature_invariants = self.invariants if invariants else make_invariants(every)
         self.head_hidden_size = self.invariants.out_features
         self.head_norm = Affine(Rep.trivial(group, self.head_hidden_size), **dd)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
@@ -373,11 +378,18 @@ class EquivariantResMLP(MlpMixer):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Invariants, their mean over tokens, affine "norm" and classifier.
 
+        Without classifier (``num_classes=0``) the output has ``num_features`` values, as everywhere in timm: what the
+        classifier would see, and behind it the invariants of all other channels, without the "norm"; where
+        ``invariants`` was given, what the classifier would see alone.
+
         Args:
             x: features, shape ``(B, N, embed_dim)``; returned as they are if there is neither pooling nor classifier.
-            pre_logits: return the invariant features, shape ``(B, head_hidden_size)``, instead of the logits.
+            pre_logits: return what a classifier sees, shape ``(B, head_hidden_size)``, instead of the logits.
         """
-        if self.global_pool == "avg":
+        if self.global_pool == "avg" and self.num_classes == 0 and not pre_logits:
+            every, seen = self.feature_invariants(x), self.head_hidden_size
+            x = torch.cat([self.head_norm(every[..., :seen]), every[..., seen:]], dim=-1)
+        elif self.global_pool == "avg":
             x = self.head_norm(self.invariants(x))
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)

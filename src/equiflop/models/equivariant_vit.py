@@ -25,7 +25,7 @@ from equiflop.nn import Block, Invariants, LayerNorm, PatchEmbed, PositionEmbedd
 from equiflop.nn.attention import Heads, check_heads
 from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
-from equiflop.nn.invariants import InvariantKind
+from equiflop.nn.invariants import InvariantKind, all_magnitudes
 from equiflop.nn.norm import Weighting
 
 #: ``equivariant``: every block; ``hybrid``: the first blocks, then plain ones on the same channels; ``invariant``: the
@@ -44,7 +44,8 @@ class EquivariantVisionTransformer(VisionTransformer):
         design: see :data:`Design`.
         equivariant_depth: number of equivariant blocks, counted from the image; for hybrid and invariant designs.
         invariants: what the head, or the plain blocks of an invariant design, see: ``"trivial"``, ``"norm"``,
-            ``"power_spectrum"`` or ``"polynomial"``; see :class:`equiflop.nn.Invariants`.
+            ``"magnitudes"``, ``"power_spectrum"`` or ``"polynomial"``; see :class:`equiflop.nn.Invariants`. With
+            ``num_classes=0`` see :meth:`forward_head`.
         multiplicities: how often each irrep occurs in the features, in the order of ``group.irreps``, together
             ``embed_dim`` channels; by default a multiple of the regular representation, as published. For the mirror
             group ``(m, n)`` is m invariant and n sign-flipping channels. Not for hybrid designs.
@@ -204,8 +205,9 @@ class EquivariantVisionTransformer(VisionTransformer):
         if design == "equivariant":
             self.invariants: nn.Module = Invariants(rep, invariants or "trivial", **dd)
             self.head_hidden_size = self.invariants.out_features
+            self.feature_invariants: nn.Module = self.invariants if invariants else Invariants(rep, all_magnitudes(rep.group), **dd)
         else:
-            self.invariants = nn.Identity()
+            self.invariants = self.feature_invariants = nn.Identity()
             self._make_final_norms_plain(transition, equivariant_depth == depth, dd)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
@@ -336,11 +338,18 @@ class EquivariantVisionTransformer(VisionTransformer):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling, norm, invariants and classifier.
 
+        The classifier sees ``head_hidden_size`` invariants, by default the trivial irrep alone, as published. A network
+        without classifier (``num_classes=0``) is there to be read by something else, which counts on ``num_features``
+        values, as everywhere in timm: it returns those invariants and behind them the magnitudes of all other channels
+        (``invariants="magnitudes"``), so that no channel is lost; where ``invariants`` was given, those.
+
         Args:
             x: features, shape ``(B, N, embed_dim)``.
-            pre_logits: return the invariant features, shape ``(B, head_hidden_size)``, instead of the logits.
+            pre_logits: return what a classifier sees, shape ``(B, head_hidden_size)``, instead of the logits.
         """
-        x = self.head_drop(self.invariants(self.fc_norm(self.pool(x))))
+        headless = self.num_classes == 0 and not pre_logits
+        invariants = self.feature_invariants if headless else self.invariants
+        x = self.head_drop(invariants(self.fc_norm(self.pool(x))))
         return x if pre_logits else self.head(x)
 
 

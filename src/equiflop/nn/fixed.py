@@ -54,7 +54,8 @@ class FixedTensors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.init_non_persistent_buffers()
         weights = [value for value in state_dict.values() if isinstance(value, Tensor) and value.is_floating_point()]
-        if args[0].get("assign_to_params_buffers") and any(b.device.type == "meta" for b in self.buffers(recurse=False)):
+        empty = any(buffer.is_meta for buffer in self.buffers(recurse=False))
+        if empty and args[0].get("assign_to_params_buffers"):
             like = weights[0] if weights else torch.empty(0, device="cpu")
             self.settle(like.device, like.dtype)
 

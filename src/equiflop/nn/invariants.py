@@ -74,8 +74,8 @@ class Invariants(FixedTensors):
         elif kind == "magnitudes":
             if not has_magnitudes(rep.group):
                 raise ValueError(
-                    f"invariants='magnitudes' needs irreps of signed permutations; group {rep.group.name!r} has others; "
-                    "use 'norm'"
+                    f"invariants='magnitudes' needs irreps of signed permutations; group {rep.group.name!r} has "
+                    "others; use 'norm'"
                 )
             self.out_features = rep.dim
         elif kind == "power_spectrum":
@@ -101,7 +101,7 @@ class Invariants(FixedTensors):
         trivial, *others = split(x, self._layout)
         if self.kind == "magnitudes":
             magnitudes = [
-                torch.sort(block.abs(), dim=-2, descending=True)[0].flatten(-2) if irrep.dim > 1 else block.squeeze(-2).abs()
+                block.squeeze(-2).abs() if irrep.dim == 1 else block.abs().sort(dim=-2, descending=True)[0].flatten(-2)
                 for block, irrep in zip(others, self.rep.group.irreps[1:], strict=True)
             ]
             return torch.cat([trivial.squeeze(-2), *magnitudes], dim=-1)
@@ -135,6 +135,11 @@ class Invariants(FixedTensors):
 
     def extra_repr(self) -> str:
         return f"{self.rep}, {self.kind!r} -> {self.out_features}"
+
+
+def all_magnitudes(group: FiniteGroup) -> InvariantKind:
+    """The kind of invariants with as many values as channels, or the nearest one for groups that have none."""
+    return "magnitudes" if has_magnitudes(group) else "norm"
 
 
 def has_magnitudes(group: FiniteGroup) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -241,6 +241,11 @@ class Linear(FixedTensors):
             if prefix + old in state_dict and prefix + new not in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old) * gain
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            "torch.jit.script cannot compile equiflop's layers; use torch.jit.trace(model, images) or torch.export"
+        )
 
     def extra_repr(self) -> str:
         count = sum(p.numel() for p in self.parameters())

@@ -59,7 +59,6 @@ class Mlp(PlainMlp):
         self.drop1 = Dropout(hidden_rep, drop, order="group")
         self.fc2 = Linear(hidden_rep, rep, bias=bias, in_order="group", **dd)
         self.drop2 = Dropout(rep, drop)
-        self._hidden = layout_of(hidden_rep)
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
@@ -67,7 +66,10 @@ class Mlp(PlainMlp):
 
     def _parts_of(self, kind: type[Mlp]) -> MlpParts | None:
         """:meth:`parts` where this is of the class ``kind``, not of one made from it."""
-        if not (is_bare(self, kind) and is_bare(self.norm, nn.Identity) and is_bare(self.act, self._pointwise)):
+        act = self.act
+        if not (is_bare(self, kind) and is_bare(self.norm, nn.Identity) and is_bare(act, self._pointwise)):
+            return None
+        if act._parameters or act._modules or act._buffers:  # perhaps one per channel
             return None
         if not all(
             is_bare(drop, Dropout) and (drop.p == 0.0 or not drop.training) for drop in (self.drop1, self.drop2)

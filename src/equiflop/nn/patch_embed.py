@@ -133,6 +133,9 @@ class PatchEmbed(nn.Module):
         if len(channels) != 1 or channels == {self.in_chans}:
             return None
         old = channels.pop()
+        ratio = max(old, self.in_chans) / min(old, self.in_chans)
+        if math.sqrt(ratio).is_integer():
+            return None  # more likely the same channels with patches of another size
         for key, weight in found.items():  # outputs, pixels, channels
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             if self.in_chans == 1:

@@ -156,38 +156,45 @@ class PositionEmbedding(FixedTensors):
         Returns:
             what was done, or None if nothing had to be (or could be: then loading them reports the sizes).
         """
-        names = [f"weight_{irrep.name}" for irrep, rows in self._blocks() if rows]
+        own = {name: weight for name, weight in self.named_parameters() if name.startswith("weight_")}
+        names = [f"weight_{irrep.name}" for irrep in self.group.irreps]
         weights = {name: state[prefix + name] for name in names if isinstance(state.get(prefix + name), Tensor)}
-        own = {name: self.get_parameter(name) for name in names}
-        if weights.keys() != own.keys() or all(weights[name].shape == own[name].shape for name in names):
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        if not weights or shapes == {name: weight.shape for name, weight in own.items()}:
             return None
-        if any(weights[name].shape[1:] != own[name].shape[1:] for name in names):
+        widths = {f"weight_{i.name}": m for i, m in zip(self.group.irreps, self.rep.multiplicities, strict=True)}
+        if any(shape[1:] != (widths[name],) for name, shape in shapes.items()):
             return None
-        grid = self._grid_of({name: len(weight) for name, weight in weights.items()})
+        grid = self._grid_of({name: len(weights.get(name, ())) for name in names if widths[name]})
         if grid is None:
             return None
-        like = weights[names[0]]
+        like = next(iter(weights.values()))
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32
         old = PositionEmbedding(self.rep, self.group, grid, device=like.device, dtype=dtype)
         old.load_state_dict(weights)
         resized = old.resized(self.grid_size).state_dict()
-        state.update({prefix + name: resized[name].to(like.dtype) for name in names})
-        return f"position embedding resampled from {grid[0]}x{grid[1]} to {self.grid_size[0]}x{self.grid_size[1]} tokens"
+        for name in weights:
+            del state[prefix + name]
+        state.update({prefix + name: weight.to(like.dtype) for name, weight in resized.items()})
+        before, after = ("x".join(map(str, size)) for size in (grid, self.grid_size))
+        return f"position embedding resampled from {before} to {after} tokens"
 
     def _grid_of(self, rows: dict[str, int]) -> tuple[int, int] | None:
         """The grid on which the field has so many values of each irrep: a square one, or the one whose sides are most
         nearly in proportion to this module's; None if there is none."""
         free = {f"weight_{irrep.name}": irrep for irrep in self.group.irreps}
-        # Every irrep occurs among the tokens as often as the field has values of it.
-        tokens = sum(count * free[name].dim // free[name].endomorphism_dim for name, count in rows.items())
+        if rows.keys() == free.keys():  # an irrep occurs among the tokens as often as the field has values of it
+            tokens = sum(count * free[name].dim // free[name].endomorphism_dim for name, count in rows.items())
+            sides = [(h, tokens // h) for h in range(1, tokens + 1) if tokens % h == 0]
+        else:  # between one token for each value and |G| of them
+            most = max(rows.values(), default=0)
+            sides = [(h, h) for h in range(1, math.isqrt(most * self.group.order) + 1) if h * h >= most]
         aspect = self.grid_size[0] / self.grid_size[1]
-        sides = [(h, tokens // h) for h in range(1, tokens + 1) if tokens % h == 0]
         sides.sort(key=lambda side: (side[0] != side[1], abs(math.log(side[0] / side[1] / aspect))))
         for side in sides:
             if self.group.swaps_axes and side[0] != side[1]:
                 continue
-            counts = {name: len(field_tables(self.group, free[name], side)[2]) for name in rows}
-            if counts == rows:
+            if rows == {name: len(field_tables(self.group, free[name], side)[2]) for name in rows}:
                 return side
         return None
 
