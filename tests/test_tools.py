@@ -204,8 +204,11 @@ def test_counters_that_watch_linear_layers_see_all_products(name: str) -> None:
     attention = sum(2 * 17 * 17 * model.embed_dim for _ in model.blocks) if hasattr(model, "cls_token") else 0
     depthwise = 0
     if name == CONVNEXT:
-        sizes = [(block.rep.dim if hasattr(block, "rep") else block.conv_dw.rep.dim, stage) for stage, s in
-                 enumerate(model.stages) for block in s.blocks]
+        sizes = [
+            (block.rep.dim if hasattr(block, "rep") else block.conv_dw.rep.dim, stage)
+            for stage, s in enumerate(model.stages)
+            for block in s.blocks
+        ]
         depthwise = sum(width * (8 >> stage) ** 2 * 49 for width, stage in sizes)
     assert counted + attention + depthwise == equiflop.macs(model, (32, 32))
 

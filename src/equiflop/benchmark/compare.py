@@ -253,9 +253,7 @@ def _compiled(model: nn.Module, name_kernels: bool) -> Callable[[Tensor], Tensor
     return compiled
 
 
-def _call(
-    network: _Network, images: Tensor, step: Step, mode: Mode, config: BenchConfig
-) -> Callable[[], object]:
+def _call(network: _Network, images: Tensor, step: Step, mode: Mode, config: BenchConfig) -> Callable[[], object]:
     """A function that makes one step."""
     products = DTYPES[config.autocast] if config.autocast is not None else None
     casting = torch.autocast(images.device.type, products, enabled=products is not None)

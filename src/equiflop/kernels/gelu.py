@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from equiflop.kernels.choose import TABLE, Variant, choose, is_traced_for_kernels
 
-#: ``erf(z) = z P(z^2) / Q(z^2)`` for ``|z| <= 3.83``, beyond which erf is +-1 to float32 rounding. Coefficients from the
-#: constant term up, fitted by weighted least squares to 1.2e-8; ``tests/kernels`` holds GELU against float64.
+#: ``erf(z) = z P(z^2) / Q(z^2)`` for ``|z| <= 3.83``, beyond which erf is +-1 to float32 rounding. Coefficients from
+#: the constant term up, fitted by weighted least squares to 1.2e-8; ``tests/kernels`` holds GELU against float64.
 _P = (1.1283790634276532, 0.18921134188223232, 0.05266468307152994, 0.003734111481915071, 0.0002877267228672633,
       2.1070672070636095e-06)  # fmt: skip
 _Q = (1.0, 0.5010163120546148, 0.11368284123325764, 0.014903633408198945, 0.0011614587536133867,

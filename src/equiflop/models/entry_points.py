@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -205,7 +205,7 @@ def own_keywords(equivariant: type[nn.Module], plain: type[nn.Module]) -> frozen
     return frozenset(ours - theirs)
 
 
-def plain_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def plain_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of an equivariant model that hold for its plain twin as well."""
     own = own_keywords(_MODELS[name].family.model_class, _PLAIN_CLASSES[_MODELS[name].family.model_class])
     return {key: value for key, value in settings.items() if key not in own}

@@ -24,7 +24,7 @@ from equiflop.nn.checks import check_images, check_mirrored
 from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind, all_magnitudes
-from equiflop.nn.residual import residual_branch
+from equiflop.nn.residual import Branch, residual_branches
 
 
 class EquivariantConvNeXtBlock(nn.Module):
@@ -74,7 +74,8 @@ class EquivariantConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Three axes: with four, Inductor takes positions times channels for an image and reorders its axes.
         branch = self.conv_dw(x).permute(0, 2, 3, 1).flatten(1, 2)
-        branch = residual_branch(branch, self._layout, self.norm, self.mlp, self.ls, self.drop_path, residual=False)
+        branches = Branch(self.norm, self.mlp, self.ls, self.drop_path)
+        branch = residual_branches(branch, self._layout, branches, residual=False)
         return x + branch.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
 
 

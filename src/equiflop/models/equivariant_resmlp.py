@@ -31,7 +31,7 @@ from equiflop.nn import (
 from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind, all_magnitudes
-from equiflop.nn.residual import residual_branch
+from equiflop.nn.residual import Branch, residual_branches
 
 
 class MatchedBias(FixedTensors):
@@ -191,8 +191,12 @@ class EquivariantResBlock(nn.Module):
         self.ls2 = LayerScale(rep, init_values, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual_branch(x, self._layout, self.norm1, self.linear_tokens, self.ls1, self.drop_path)
-        return residual_branch(x, self._layout, self.norm2, self.mlp_channels, self.ls2, self.drop_path)
+        return residual_branches(
+            x,
+            self._layout,
+            Branch(self.norm1, self.linear_tokens, self.ls1, self.drop_path),
+            Branch(self.norm2, self.mlp_channels, self.ls2, self.drop_path),
+        )
 
 
 class PairedInvariants(Invariants):

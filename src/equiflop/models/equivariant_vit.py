@@ -205,7 +205,9 @@ class EquivariantVisionTransformer(VisionTransformer):
         if design == "equivariant":
             self.invariants: nn.Module = Invariants(rep, invariants or "trivial", **dd)
             self.head_hidden_size = self.invariants.out_features
-            self.feature_invariants: nn.Module = self.invariants if invariants else Invariants(rep, all_magnitudes(rep.group), **dd)
+            self.feature_invariants: nn.Module = (
+                self.invariants if invariants else Invariants(rep, all_magnitudes(rep.group), **dd)
+            )
         else:
             self.invariants = self.feature_invariants = nn.Identity()
             self._make_final_norms_plain(transition, equivariant_depth == depth, dd)

@@ -35,8 +35,8 @@ from equiflop import nn as enn
 from equiflop.grids import ImageGroup, as_image_group
 from equiflop.models.entry_points import own_keywords
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
-from equiflop.nn.attention import Heads
 from equiflop.models.transition import ToInvariants, ToIrrepOrder, ToRegular
+from equiflop.nn.attention import Heads
 
 _KEYWORDS = tuple(inspect.signature(EquivariantVisionTransformer).parameters)
 _OWN_KEYWORDS = own_keywords(EquivariantVisionTransformer, VisionTransformer)

@@ -14,7 +14,7 @@ from equiflop.kernels import layout_of
 from equiflop.nn.attention import Attention, Heads
 from equiflop.nn.mlp import Mlp
 from equiflop.nn.norm import LayerNorm, LayerScale, Weighting
-from equiflop.nn.residual import residual_branch
+from equiflop.nn.residual import Branch, residual_branches
 
 
 class Block(nn.Module):
@@ -75,8 +75,16 @@ class Block(nn.Module):
         self.rep = rep
         self._layout = layout_of(rep)
         self.norm1 = LayerNorm(rep, norm_eps, weighting=norm_weighting, **dd)
-        drops = {"attn_drop": attn_drop, "proj_drop": proj_drop}
-        self.attn = Attention(rep, num_heads, heads=heads, qkv_bias=qkv_bias, proj_bias=proj_bias, **drops, **dd)
+        self.attn = Attention(
+            rep,
+            num_heads,
+            heads=heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **dd,
+        )
         self.ls1 = scale()
         self.drop_path1 = path()
         self.norm2 = LayerNorm(rep, norm_eps, weighting=norm_weighting, **dd)
@@ -85,6 +93,10 @@ class Block(nn.Module):
         self.drop_path2 = path()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        options = {"attn_mask": attn_mask, "is_causal": is_causal}
-        x = residual_branch(x, self._layout, self.norm1, self.attn, self.ls1, self.drop_path1, **options)
-        return residual_branch(x, self._layout, self.norm2, self.mlp, self.ls2, self.drop_path2)
+        options: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal}
+        return residual_branches(
+            x,
+            self._layout,
+            Branch(self.norm1, self.attn, self.ls1, self.drop_path1, options),
+            Branch(self.norm2, self.mlp, self.ls2, self.drop_path2),
+        )

@@ -1,8 +1,8 @@
-"""A residual branch: its modules one after the other, or one kernel where nobody watches them."""
+"""Residual branches: their modules one after the other, or one kernel where nobody watches them."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -21,48 +21,58 @@ class Body(Protocol):
         ...
 
 
-def residual_branch(
-    x: Tensor,
-    layout: Layout,
-    norm: nn.Module,
-    body: Any,
-    scale: nn.Module,
-    drop_path: nn.Module,
-    *,
-    residual: bool = True,
-    **options: Any,
-) -> Tensor:
-    """``x + drop_path(scale(body(norm(x), **options)))``, the sum only with ``residual``.
+class Branch(NamedTuple):
+    """The modules of a residual branch.
+
+    Attributes:
+        norm: a norm or identity.
+        body: attention or MLP, best with :class:`Body`'s method.
+        scale: a layer scale or identity.
+        drop_path: stochastic depth or identity.
+        options: keywords of the body.
+    """
+
+    norm: nn.Module
+    body: Any
+    scale: nn.Module
+    drop_path: nn.Module
+    options: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+
+
+def residual_branches(x: Tensor, layout: Layout, *branches: Branch, residual: bool = True) -> Tensor:
+    """``x = x + drop_path(scale(body(norm(x), **options)))``, branch after branch; the sums only with ``residual``.
 
     Args:
         x: shape ``(B, N, dim)``.
         layout: of the axis.
-        norm: a norm or identity.
-        body: a module with :class:`Body`'s method.
-        scale: a layer scale or identity.
-        drop_path: stochastic depth or identity.
+        *branches: what is added.
         residual: whether the input is added.
-        **options: of the body.
     """
-    parts = _parts(x, norm, body, scale, drop_path, residual, options)
-    if parts is not None:
-        y = kernels.branch(x, layout, parts)
+    parts = [_parts(x, branch, residual) for branch in branches]
+    y = kernels.branches(x, layout, parts)
+    if y is not None:
+        return y
+    for branch, found in zip(branches, parts, strict=True):
+        y = None if len(branches) == 1 else kernels.branches(x, layout, [found])
         if y is not None:
-            return y
-    y = scale(body(norm(x), **options))
-    if parts is None:
-        y = drop_path(y)
-    elif parts.keep is not None:  # drawn already: once, whichever path computes the branch
-        y = y * parts.keep
-    return x + y if residual else y
+            x = y
+            continue
+        y = branch.scale(branch.body(branch.norm(x), **branch.options))
+        if found is None:
+            y = branch.drop_path(y)
+        elif found.keep is not None:  # drawn already: once, whichever path computes the branch
+            y = y * found.keep
+        x = x + y if residual else y
+    return x
 
 
-def _parts(
-    x: Tensor, norm: Any, body: Any, scale: Any, drop_path: Any, residual: bool, options: dict[str, Any]
-) -> kernels.Parts | None:
+def _parts(x: Tensor, branch: Branch, residual: bool) -> kernels.Parts | None:
     """The branch's tensors, or None where a module is watched, wrapped, or of a kind that kernels do not know."""
+    norm, body, scale, drop_path, options = branch
+    norm_parts: Any
+    gamma: Any
     if is_bare(norm, LayerNorm) or is_bare(norm, Affine):
-        norm_parts = norm.parts()
+        norm_parts = norm.parts()  # type: ignore[operator]
     elif is_bare(norm, nn.Identity):
         norm_parts = None
     else:
