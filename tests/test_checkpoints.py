@@ -132,7 +132,8 @@ def test_names_of_the_first_version_are_adapted_too() -> None:
         owner, _, irrep = path.rpartition(".")
         layer = model.get_submodule(owner) if owner else model
         if isinstance(layer, equiflop.nn.Linear):
-            gain = layer.gain(next(i for i in layer.in_rep.group.irreps if i.name == irrep))
+            found = next(i for i in layer.in_rep.group.irreps if i.name == irrep)
+            gain = layer.gain(found) if last == "weight" else layer.bias_gain
             old[f"{owner}.weight_{irrep}" if last == "weight" else f"{owner}.bias"] = value / gain
         else:
             old[key] = value

@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
+from torch._inductor import config, metrics
 
 from equiflop import Rep, kernels
-from equiflop.kernels import TABLE, branch, choose
+from equiflop.kernels import TABLE, branch, choose, gelu
 from equiflop.nn import Block, LayerNorm
 from oracles import group, relative_error, scramble
 
@@ -28,7 +30,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def counting(operation: str, variant: kernels.Variant) -> kernels.Variant:
         def run(*args: Any) -> Any:
-            taken.append(f"{operation}/{variant.name}")
+            count = len(args[2]) if operation == "branches" and variant.name != "parts" else 1
+            taken.extend([f"{operation}/{variant.name}"] * count)  # one for every branch
             return variant.run(*args)
 
         return replace(variant, run=run)
@@ -86,7 +89,7 @@ def test_eager_with_gradients(name: str, heads: str, option: str, monkeypatch: p
     assert taken == []
     with counted(monkeypatch) as taken:
         found = outputs_and_gradients(block, block, x)
-    assert taken.count("branch/eager") == 2
+    assert taken.count("branches/eager") == 2
     assert_same(found, expected, 1e-12)
 
 
@@ -105,7 +108,7 @@ def test_eager_in_place(
                 expected = block(x)
             with counted(monkeypatch) as taken:
                 found = block(given)
-        assert taken.count("branch/eager") == 2
+        assert taken.count("branches/eager") == 2
         assert torch.equal(given, x)
         assert relative_error(found, expected) < 1e-12
 
@@ -119,7 +122,7 @@ def test_lanes_under_a_compiler(name: str, heads: str, monkeypatch: pytest.Monke
         expected = outputs_and_gradients(block, block, x)
     with counted(monkeypatch) as taken:
         found = outputs_and_gradients(compiled(block), block, x)
-    assert taken.count("branch/lanes") == 2
+    assert taken.count("branches/lanes") == 2
     assert_same(found, expected, 1e-12)
 
 
@@ -133,7 +136,7 @@ def test_groups_without_a_transform_by_additions(name: str, heads: str, monkeypa
         expected = outputs_and_gradients(block, block, x)
     with counted(monkeypatch) as taken:
         found = outputs_and_gradients(block, block, x)
-    assert taken.count("branch/eager") == (1 if heads == "coupled" else 0)
+    assert taken.count("branches/eager") == (1 if heads == "coupled" else 0)
     assert_same(found, expected, 1e-12)
     assert_same(outputs_and_gradients(compiled(block), block, x), expected, 1e-12)
 
@@ -224,7 +227,7 @@ def test_stochastic_depth(name: str, heads: str, scale: float | None, monkeypatc
         expected = run(block)
     with counted(monkeypatch) as taken:
         assert_same(run(block), expected, 1e-12)
-    assert taken.count("branch/eager") == 2
+    assert taken.count("branches/eager") == 2
     assert_same(run(compiled(block)), expected, 1e-12)
 
 
@@ -243,7 +246,7 @@ def test_masks(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = outputs_and_gradients(run, block, x)
     with counted(monkeypatch) as taken:
         assert_same(outputs_and_gradients(run, block, x), expected, 1e-12)
-    assert taken.count("branch/eager") == 2
+    assert taken.count("branches/eager") == 2
     assert not torch.allclose(block(x), run(x))
 
 
@@ -262,11 +265,11 @@ def test_parts_of_the_batch(
     monkeypatch.setattr(branch, "LARGE_BYTES", three)
     with torch.no_grad(), counted(monkeypatch) as names:
         found = (compiled(block) if compiling else block)(x)
-    assert names.count("branch/parts") == (1 if parts > 1 else 0)
+    assert names.count("branches/parts") == (1 if parts > 1 else 0)
     assert relative_error(found, expected) < 1e-14
     with counted(monkeypatch) as names:
         block(x)
-    assert "branch/parts" not in names  # gradients need the whole
+    assert "branches/parts" not in names  # gradients need the whole
 
 
 NORMS: list[tuple[str, tuple[int, ...]]] = [
@@ -346,6 +349,79 @@ def test_norm_of_half_precision_is_computed_in_float32(name: str, dtype: torch.d
 def test_the_table_is_complete() -> None:
     """What this file compares is all there is."""
     names = {f"{operation}/{variant.name}" for operation, variants in TABLE.items() for variant in variants}
-    assert names == {"branch/parts", "branch/lanes", "branch/eager", "layer_norm/torch", "layer_norm/lanes"}
+    assert names == {
+        *("branches/parts", "branches/lanes", "branches/eager", "layer_norm/torch", "layer_norm/lanes"),
+        *("attention/written out", "activation/rational"),
+    }
     assert all(variant.when for variants in TABLE.values() for variant in variants)
     assert choose._forced is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rational_gelu(dtype: torch.dtype) -> None:
+    """Values and derivatives against float64, over the whole range."""
+    x = torch.linspace(-12.0, 12.0, 40_001).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    expected = nn.functional.gelu(exact)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    act = nn.GELU()
+    with torch.no_grad():
+        inference = compiled(gelu.activate)(act, x)
+    found = compiled(gelu.activate)(act, x)
+    (found_slope,) = torch.autograd.grad(found.sum(), x)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    for value, wanted in ((inference, expected), (found, expected), (found_slope, slope)):
+        assert value.dtype == dtype
+        assert ((value.double() - wanted).abs() <= tolerance * exact.abs().clamp_min(1.0)).all()
+    assert torch.equal(kernels.TABLE["activation"][0].run(act, torch.zeros(3)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+@pytest.mark.parametrize("name", ["C2", "D4"])
+def test_attention_written_out(name: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switched off, fused attention gives way to softmax and two products, with the same values and gradients."""
+    block = block_of(name, copies=8, heads=heads)
+    x = torch.randn(2, 5, block.rep.dim, dtype=torch.float64)
+    expected = outputs_and_gradients(block, block, x)
+    block.attn.fused_attn = False
+    with counted(monkeypatch) as taken:
+        for call in (block, compiled(block)):
+            assert_same(outputs_and_gradients(call, block, x), expected, 1e-12)
+    assert taken.count("attention/written out") >= 2
+
+
+def test_compiled_training_in_half_precision_writes_attention_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = block_of("C2", dtype=torch.bfloat16)
+    x = torch.randn(2, 5, block.rep.dim, dtype=torch.bfloat16)
+    with counted(monkeypatch) as taken:
+        compiled(block)(x).sum().backward()
+        assert "attention/written out" in taken
+        taken.clear()
+        with torch.no_grad():
+            compiled(block)(x)
+    assert "attention/written out" not in taken
+
+
+def test_passes_over_memory_in_half_precision() -> None:
+    """Bytes of the compiled graph, bfloat16: no more than plain's, but for the heads, which are gathered and taken
+    apart once: eight times the features."""
+    x = torch.randn(4, 50, 128, dtype=torch.bfloat16)
+    plain = timm.models.vision_transformer.Block(128, 8, qkv_bias=True, init_values=0.1).bfloat16()
+    heads_bytes = 8 * x.numel() * x.element_size()
+    for heads in ("coupled", "regular"):
+        block = Block(Rep.regular_of_dim(group("C2"), 128), 8, heads=heads, init_values=0.1).bfloat16()
+        assert bytes_and_kernels(block, x)[0] - heads_bytes <= bytes_and_kernels(plain, x)[0]
+        assert bytes_and_kernels(block, x)[1] <= bytes_and_kernels(plain, x)[1] + 1
+
+
+def bytes_and_kernels(block: nn.Module, x: Tensor) -> tuple[int, int]:
+    """What Inductor's scheduler counts for one compiled forward step."""
+    torch._dynamo.reset()
+    metrics.reset()
+    torch._logging.set_logs(inductor_metrics=True)
+    try:
+        with torch.no_grad(), config.patch(fx_graph_cache=False):
+            torch.compile(block.eval())(x)
+    finally:
+        torch._logging.set_logs()
+    return metrics.num_bytes_accessed, metrics.generated_kernel_count

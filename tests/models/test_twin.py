@@ -361,7 +361,7 @@ def test_unknown_models() -> None:
     ("options", "group", "reason"),
     [
         ({"embed_dim": 36}, "octic", r"embed_dim=36 is not divisible by \|G\|=8"),
-        ({"num_heads": 8}, "octic", "num_heads=8 does not divide every multiplicity"),
+        ({"embed_dim": 48, "num_heads": 4}, "octic", "num_heads=4 does not divide every multiplicity"),
         ({"mlp_ratio": 2.6}, "octic", r"int\(32 \* mlp_ratio\)=83 is not divisible by \|G\|=8"),
         ({"img_size": (32, 48)}, "octic", "img_size=.* is not square"),
         ({"qk_norm": True}, "flop", r"norm of queries and keys \(qk_norm\)"),

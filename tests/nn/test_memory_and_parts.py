@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 from equiflop import Rep
 from equiflop.kernels import branch, layout_of
 from equiflop.nn import Block, Mlp
-from equiflop.nn.residual import residual_branch
+from equiflop.nn.residual import Branch, residual_branches
 from oracles import group, relative_error, scramble
 from small_vits import scrambled, small_vit
 
@@ -76,7 +76,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def mlp_branch(mlp: Mlp, x: Tensor) -> Tensor:
     """The branch of an MLP alone: no norm, no scale."""
     nothing = nn.Identity()
-    return residual_branch(x, layout_of(mlp.rep), nothing, mlp, nothing, nothing)
+    return residual_branches(x, layout_of(mlp.rep), Branch(nothing, mlp, nothing, nothing))
 
 
 @pytest.mark.parametrize("name", ["C2", "C4", "D4", "Q8"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,14 +28,36 @@ def _reference(act: nn.Module, x: Tensor) -> Tensor:
     return act(x)
 
 
-def _rational(act: nn.Module, x: Tensor) -> Tensor:
-    wide = x.float()
-    z = torch.clamp(wide * 0.5**0.5, -_LIMIT, _LIMIT)
+def _normal_cdf(x: Tensor) -> Tensor:
+    """``(1 + erf(x / sqrt(2))) / 2`` in float32."""
+    z = torch.clamp(x * 0.5**0.5, -_LIMIT, _LIMIT)
     t = z * z
     p, q = _P[-1] * t + _P[-2], _Q[-1] * t + _Q[-2]
     for a, b in zip(_P[-3::-1], _Q[-3::-1], strict=True):
         p, q = p * t + a, q * t + b
-    return (0.5 * wide * (1.0 + z * p / q)).to(x.dtype)
+    return 0.5 + 0.5 * z * p / q
+
+
+class _RationalGelu(torch.autograd.Function):
+    """``x Phi(x)`` with the derivative ``Phi(x) + x phi(x)``, both of the same ``Phi``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        wide = x.float()
+        return (wide * _normal_cdf(wide)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        wide = x.float()
+        density = torch.exp(-0.5 * wide * wide) * (2.0 * math.pi) ** -0.5
+        return (grads[0].float() * (_normal_cdf(wide) + wide * density)).to(x.dtype)
+
+
+def _rational(act: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = _RationalGelu.apply(x)
+    return y
 
 
 TABLE["activation"] = (
@@ -44,9 +69,8 @@ TABLE["activation"] = (
             and x.device.type == "cpu"
             and x.dtype != torch.float64
             and is_traced_for_kernels()
-            and not torch.is_grad_enabled()
         ),
         _rational,
-        "exact GELU, torch.compile for a CPU, no gradients, float32 or narrower",
+        "exact GELU, torch.compile for a CPU, float32 or narrower",
     ),
 )
