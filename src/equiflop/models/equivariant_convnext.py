@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, get_act_layer, to_ntuple
-from timm.models._manipulate import checkpoint_seq
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind, all_magnitudes
 from equiflop.nn.residual import Branch, residual_branches
+from equiflop.timm_compat import checkpoint_seq
 
 
 class EquivariantConvNeXtBlock(nn.Module):
@@ -40,8 +40,6 @@ class EquivariantConvNeXtBlock(nn.Module):
         mlp_ratio: hidden width over ``rep.dim``.
         drop_path: probability to drop the branch, per sample.
         norm_eps: ``eps`` of the layer norm.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(B, rep.dim, H, W)`` to the same.
     """
@@ -90,8 +88,6 @@ class EquivariantStem(nn.Module):
         in_chans: image channels.
         stride: pixels per position of the last feature map: mirrored sides must be a multiple of it.
         norm_eps: ``eps`` of the layer norm that follows; None for none.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(B, in_chans, H, W)`` to ``(B, rep.dim, H / p, W / p)``.
     """
@@ -137,8 +133,6 @@ class EquivariantConvNeXtStage(nn.Module):
         norm_eps: ``eps`` of the layer norms.
         drop_path_rates: one per block.
         block_options: keywords of :class:`EquivariantConvNeXtBlock`.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(B, in_rep.dim, H, W)`` to ``(B, rep.dim, H, W)`` or ``(B, rep.dim, H / 2, W / 2)``.
     """
@@ -187,8 +181,6 @@ class InvariantHead(nn.Module):
         pool_type: ``"avg"``, or ``""`` to return the equivariant feature map as it is.
         kind: which invariants; the trivial irrep by default.
         drop_rate: dropout before the classifier.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: for another pooling.

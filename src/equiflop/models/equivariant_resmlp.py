@@ -46,8 +46,6 @@ class MatchedBias(FixedTensors):
         group: the group that acts on the grid.
         grid_size: rows and columns of the token grid.
         order: order of the channels, ``"irreps"`` or ``"group"``.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(B, rows * columns, rep.dim)`` to the same.
     """
@@ -104,8 +102,6 @@ class ChannelMlp(Mlp):
         grid_size: rows and columns of the token grid.
         act: the pointwise function.
         drop: dropout after the activation and after the output.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(B, rows * columns, rep.dim)`` to the same.
     """
@@ -153,8 +149,6 @@ class EquivariantResBlock(nn.Module):
         act: the pointwise function; GELU by default.
         drop: dropout of the channel MLP.
         drop_path: probability to drop a branch, per sample.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(B, rows * columns, rep.dim)`` to the same.
     """
@@ -211,8 +205,6 @@ class PairedInvariants(Invariants):
         kind: ``"trivial"`` or ``"norm"``.
         group: the group that acts on the grid.
         grid_size: rows and columns of the token grid.
-        device: where the constants are made.
-        dtype: dtype of the constants.
 
     Shape: ``(B, rows * columns, rep.dim)`` to ``(B, out_features)``.
     """

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from timm.layers import LayerNorm as PlainLayerNorm
 from timm.layers import get_act_layer
-from timm.models._input import update_model_args, update_model_input_size
 from timm.models.vision_transformer import Block as PlainBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from equiflop.nn.fit import fit_checkpoint
 from equiflop.nn.fixed import settle_constants
 from equiflop.nn.invariants import InvariantKind, all_magnitudes
 from equiflop.nn.norm import Weighting
+from equiflop.timm_compat import update_model_args, update_model_input_size
 
 #: ``equivariant``: every block; ``hybrid``: the first blocks, then plain ones on the same channels; ``invariant``: the
 #: first blocks, then plain ones on invariants.

@@ -68,8 +68,6 @@ class SetNetwork(_NodeNetwork):
         num_classes: outputs.
         width: channels inside.
         depth: number of blocks.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if ``depth`` is negative, another number is not positive, or an input does not have its shape.
@@ -129,8 +127,6 @@ class GraphBlock(nn.Module):
     Args:
         node_width: channels of a node.
         edge_width: channels of an edge.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: nodes ``(B, n, node_width)``, edges ``(B, n, n, edge_width)`` and a mask ``(B, n)`` to nodes and edges of the
         same shapes.
@@ -167,8 +163,6 @@ class GraphNetwork(_NodeNetwork):
         node_width: channels of a node inside.
         edge_width: channels of an edge inside.
         depth: number of blocks.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if ``depth`` is negative, a width or the number of classes is not positive, or an input does not

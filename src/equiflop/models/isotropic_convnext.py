@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_rates
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint, checkpoint_seq
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
+
+from equiflop.timm_compat import checkpoint, checkpoint_seq, feature_take_indices
 
 
 class IsotropicConvNeXt(nn.Module):
@@ -28,8 +28,6 @@ class IsotropicConvNeXt(nn.Module):
         act_layer: the pointwise function.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; linear in depth.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(B, in_chans, H, W)`` to ``(B, num_classes)``.
     """

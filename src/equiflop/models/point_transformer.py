@@ -172,8 +172,6 @@ class PointTransformer(_PointClassifier):
             ``"trivial"``, the trivial irrep alone, which for these large groups is few: ``embed_dim / |G|`` channels.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; linear in depth.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if the group is unknown, or width, heads or hidden width do not fit it.
@@ -257,8 +255,6 @@ class PlainPointEmbed(nn.Module):
     Args:
         embed_dim: width.
         neighbours: points in a neighbourhood, the point itself included.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if ``neighbours`` is not positive.
@@ -304,8 +300,6 @@ class PlainPointTransformer(_PointClassifier):
         neighbours: points that the embedding of a point looks at, itself included; clouds must have more points.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; linear in depth.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if ``num_heads`` does not divide ``embed_dim``.

@@ -31,8 +31,6 @@ class PatchDecoder(nn.Module):
         patch_size: height and width of a patch in pixels; (1, 1) for a map of one value per token.
         channels: channels of the map; the group leaves them as they are.
         bias: whether to add a bias on the trivial irrep.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if ``channels`` is not positive, or the group does not act on a patch of this shape.

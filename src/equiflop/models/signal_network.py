@@ -27,8 +27,6 @@ class SignalBlock(nn.Module):
         n: length of the period.
         width: channels.
         dropout: probability to drop a value of the branch.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(..., n, width)`` to the same.
     """
@@ -63,8 +61,6 @@ class SignalNetwork(nn.Module):
         width: channels inside.
         depth: number of blocks.
         dropout: probability to drop a value inside a block.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if ``depth`` is negative, another number is not positive, or the input does not have its shape.

@@ -59,8 +59,6 @@ class ToInvariants(nn.Module):
     Args:
         rep: type of the features.
         kind: which invariants.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(..., rep.dim)`` to the same.
     """

@@ -27,7 +27,6 @@ from timm.layers import (
     get_act_layer,
 )
 from timm.models import build_model_with_cfg
-from timm.models._input import update_model_args
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -37,6 +36,7 @@ from equiflop.models.entry_points import own_keywords
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
 from equiflop.models.transition import ToInvariants, ToIrrepOrder, ToRegular
 from equiflop.nn.attention import Heads
+from equiflop.timm_compat import update_model_args
 
 _KEYWORDS = tuple(inspect.signature(EquivariantVisionTransformer).parameters)
 _OWN_KEYWORDS = own_keywords(EquivariantVisionTransformer, VisionTransformer)

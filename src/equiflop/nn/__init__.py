@@ -1,4 +1,7 @@
-"""Equivariant layers: plain tensors in and out, the type of their axes (``Rep``) kept in the module."""
+"""Equivariant layers: plain tensors in and out, the type of their axes (``Rep``) kept in the module.
+
+All take ``device`` and ``dtype`` for their parameters and constants, as torch's layers do.
+"""
 
 from equiflop.nn.activation import FourierActivation
 from equiflop.nn.attention import Attention

@@ -24,8 +24,6 @@ class FourierActivation(FixedTensors):
     Args:
         rep: type of the feature axis; a multiple of the regular representation.
         act: the function, a module or any elementwise callable.
-        device: where the constants are made.
-        dtype: dtype of the constants.
 
     Raises:
         ValueError: if ``rep`` is not a multiple of the regular representation.

@@ -36,8 +36,6 @@ class Attention(PlainAttention):
         proj_bias: whether the output projection has a bias (on the trivial irrep).
         attn_drop: dropout of attention weights.
         proj_drop: dropout of the output.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if the heads do not fit the Rep.

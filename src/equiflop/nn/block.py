@@ -34,8 +34,6 @@ class Block(nn.Module):
         act: the pointwise function of the MLP; GELU by default.
         norm_eps: ``eps`` of the layer norms.
         norm_weighting: ``weighting`` of the layer norms.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if heads or hidden width do not fit the Rep.

@@ -27,8 +27,6 @@ class CirculantLinear(nn.Module):
         in_channels: channels of the input.
         out_channels: channels of the output.
         bias: whether to add a bias, the same at all positions.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if a number is not positive, or the input does not have its shape.

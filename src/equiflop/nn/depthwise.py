@@ -45,8 +45,6 @@ class DepthwiseConv(FixedTensors):
         group: the group that acts on the image.
         kernel_size: side of the kernel in pixels, odd.
         bias: whether there is a bias.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if the kernel is even, the channels cannot be cut, or an irrep has a dimension above 1.

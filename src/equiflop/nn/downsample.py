@@ -23,8 +23,6 @@ class Downsample(nn.Module):
         out_rep: type of the output channels.
         group: the group that acts on the image.
         bias: whether there is a bias on the trivial irrep.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if an irrep has a dimension above 1.

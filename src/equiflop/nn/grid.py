@@ -22,8 +22,6 @@ class GridTransform(FixedTensors):
         group: the group that acts on the grid.
         height: rows of the grid.
         width: columns of the grid.
-        device: where the constants are made.
-        dtype: dtype of the constants.
 
     Raises:
         ValueError: if the group does not act on a grid of this shape.

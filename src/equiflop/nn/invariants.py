@@ -38,8 +38,6 @@ class Invariants(FixedTensors):
     Args:
         rep: type of the feature axis; for the last two kinds a multiple of the regular representation.
         kind: which invariants.
-        device: where the constants are made.
-        dtype: dtype of the constants.
 
     Raises:
         ValueError: if ``kind`` is unknown, or needs another Rep or a smaller group.

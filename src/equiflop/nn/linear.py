@@ -30,8 +30,6 @@ class AlgebraLinear(nn.Module):
         irrep: the irrep.
         in_features: its multiplicity in the input.
         out_features: its multiplicity in the output.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(..., d, in_features)`` to ``(..., d, out_features)``.
     """
@@ -91,8 +89,6 @@ class Linear(FixedTensors):
         out_order: order of the output axis.
         sections: outputs of type ``out_rep`` behind each other, such as queries, keys and values.
         num_heads: heads, where a side is ordered by heads.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if the two Reps belong to different groups, or an order does not fit its Rep.

@@ -29,8 +29,6 @@ class Mlp(PlainMlp):
         act: the pointwise function, a module or any elementwise callable; GELU by default.
         bias: whether both linear maps have a bias (on the trivial irrep).
         drop: dropout after the activation and after the output.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if ``hidden_rep`` is not a multiple of the regular representation.

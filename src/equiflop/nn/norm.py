@@ -30,8 +30,6 @@ class LayerNorm(nn.Module):
         bias: whether there is a ``bias``.
         weighting: ``"entries"`` as above; ``"octic"`` as published for octic ViTs (arXiv 2505.15441), where the rows of
             a d-dimensional irrep weigh 1/d of one-dimensional rows, whatever their multiplicity.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if ``weighting`` is unknown or the Rep is empty.
@@ -98,8 +96,6 @@ class Affine(nn.Module):
     Args:
         rep: type of the feature axis.
         bias: whether there is a bias.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(..., rep.dim)`` to the same.
     """
@@ -149,8 +145,6 @@ class LayerScale(nn.Module):
     Args:
         rep: type of the feature axis.
         init_values: initial value of all factors.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Shape: ``(..., rep.dim)`` to the same.
     """

@@ -34,8 +34,6 @@ class PatchEmbed(nn.Module):
         bias: whether to add a bias on the trivial irrep.
         strict_img_size: whether only ``img_size`` is accepted.
         output_fmt: ``"NLC"`` for tokens, ``"NHWC"`` for a grid of tokens.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if the image is not a whole number of patches, or the group swaps axes and the patch is not square.

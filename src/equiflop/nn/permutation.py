@@ -23,8 +23,6 @@ class SetLinear(nn.Module):
         in_channels: channels of a node of the input.
         out_channels: channels of a node of the output.
         bias: whether to add a bias, the same for all nodes.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if a number of channels is not positive, or the input does not have its shape.
@@ -98,8 +96,6 @@ class GraphLinear(nn.Module):
         out_nodes: channels of a node of the output; 0 for none.
         out_edges: channels of an edge of the output; 0 for none.
         bias: whether to add the biases.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if a number of channels is negative, the input or the output has none at all, or a tensor does not

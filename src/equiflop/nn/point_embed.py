@@ -57,8 +57,6 @@ class PointEmbed(FixedTensors):
         copies: outputs of ``phi``: copies of the regular representation.
         hidden: hidden width of ``phi``; by default ``copies``.
         neighbours: points in a neighbourhood, the point itself included.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if a number is not positive or the group does not act on three coordinates.

@@ -34,8 +34,6 @@ class PositionEmbedding(FixedTensors):
         grid_size: rows and columns of the token grid. If the group swaps the axes and the grid is not square, the
             field lives on a square grid of about as many tokens and is resampled.
         prefix_tokens: how many class and register tokens have an embedding of their own (on the trivial irrep).
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
     """
 
     def __init__(

@@ -18,8 +18,6 @@ class ToSpatial(FixedTensors):
 
     Args:
         rep: type of the feature axis; a multiple of the regular representation.
-        device: where the constants are made.
-        dtype: dtype of the constants.
 
     Raises:
         ValueError: if ``rep`` is not a multiple of the regular representation.

@@ -30,8 +30,6 @@ class TokenMixing(nn.Module):
         group: the group that acts on the grid.
         grid_size: rows and columns of the token grid.
         matched_bias: see above; only for groups whose irreps are all one-dimensional.
-        device: where the parameters are made.
-        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if the group does not act on the grid, or ``matched_bias`` does not apply to it.
