@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import QuickGELU
 from torch import Tensor, nn
 from torch._inductor import config, metrics
 
 from equiflop import Rep, kernels
-from equiflop.kernels import TABLE, branch, choose, gelu
+from equiflop.kernels import TABLE, activation, branch, choose
 from equiflop.nn import Block, LayerNorm
 from oracles import group, relative_error, scramble
 
@@ -357,17 +358,17 @@ def test_the_table_is_complete() -> None:
     assert choose._forced is False
 
 
+@pytest.mark.parametrize("act", [nn.GELU(), QuickGELU(), nn.SiLU()], ids=lambda act: type(act).__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rational_gelu(dtype: torch.dtype) -> None:
+def test_rational_activations(dtype: torch.dtype, act: nn.Module) -> None:
     """Values and derivatives against float64, over the whole range."""
     x = torch.linspace(-12.0, 12.0, 40_001).to(dtype).requires_grad_()
     exact = x.detach().double().requires_grad_()
-    expected = nn.functional.gelu(exact)
+    expected = act(exact)
     (slope,) = torch.autograd.grad(expected.sum(), exact)
-    act = nn.GELU()
     with torch.no_grad():
-        inference = compiled(gelu.activate)(act, x)
-    found = compiled(gelu.activate)(act, x)
+        inference = compiled(activation.activate)(act, x)
+    found = compiled(activation.activate)(act, x)
     (found_slope,) = torch.autograd.grad(found.sum(), x)
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
     for value, wanted in ((inference, expected), (found, expected), (found_slope, slope)):

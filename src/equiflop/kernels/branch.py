@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from equiflop.kernels import norm as norms
 from equiflop.kernels import schur
+from equiflop.kernels.activation import activate
 from equiflop.kernels.choose import TABLE, Variant, choose, is_constant, is_eager, is_traced_for_kernels, may_overwrite
-from equiflop.kernels.gelu import activate
 from equiflop.kernels.layout import Layout, per_channel, per_lane, to_lanes
 
 #: Without gradients a CPU computes hidden features beyond so many bytes in parts of the batch: the C library gives
