@@ -11,7 +11,7 @@ from equiflop.benchmark.figures import write_figures
 from equiflop.benchmark.timing import Spread
 
 HERE = Path(__file__).parent
-RECORDS = ("eager.json", "compile.json", "compile_second.json", "large.json", "big.json")
+RECORDS = ("eager.json", "compile.json")
 
 
 def read_entries(path: Path) -> list[Entry]:
