@@ -293,3 +293,14 @@ def test_who_keeps_the_contract() -> None:
         assert isinstance(image_model, EquivariantImageModel) and not isinstance(image_model, EquivariantModel)
     for plain in (nn.Linear(2, 2), PlainPointTransformer(2, embed_dim=24, num_heads=1)):
         assert not isinstance(plain, (EquivariantLayer, EquivariantModel, EquivariantImageModel, CountsMacs))
+
+
+def test_every_output_of_many_is_compared() -> None:
+    def many(x: Tensor) -> tuple[Tensor, ...]:
+        return (*[x] * 70, x.cumsum(-1))
+
+    def mirrored(g: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.flip(-1) if g else t for t in tensors)
+
+    with pytest.raises(AssertionError, match="output 70"):
+        assert_equivariant(many, mirrored, mirrored, range(2), torch.randn(2, 5, dtype=torch.float64))

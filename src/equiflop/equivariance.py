@@ -94,14 +94,13 @@ def assert_equivariant(
     """
     elements = _all_elements(elements)
     given = _inputs(fn, act_in, inputs, shape, dtype, seed)
-    names = [f"output {i}" for i in range(64)]
 
     def call(*tensors: Tensor) -> dict[str, Tensor]:
         result = fn(*tensors)
         if isinstance(result, Tensor):
             return {"the output": result}
         if isinstance(result, (tuple, list)) and all(isinstance(part, Tensor) for part in result):
-            return dict(zip(names, result, strict=False))
+            return {f"output {i}": part for i, part in enumerate(result)}
         raise TypeError(f"fn returned {type(result).__name__}; a tensor, or a tuple or list of tensors, is needed")
 
     def moved_inputs(a: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -252,7 +252,7 @@ def _on_grid(field: Tensor, rows: int, columns: int, module: PositionEmbedding) 
 
 def act_on_channels(rep: Rep, a: int, x: Tensor) -> Tensor:
     """Apply ``rep.matrix(a)`` to the last axis, irrep by irrep; shape ``(..., rep.dim)`` to the same."""
-    return _act(layout_of(rep), [irrep.matrices[a].tolist() for irrep in rep.group.irreps], x)
+    return rep.act(a, x)
 
 
 def _act(layout: Layout, matrices: Sequence[list[list[float]]], x: Tensor) -> Tensor:
