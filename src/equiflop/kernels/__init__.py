@@ -7,7 +7,10 @@ stands all that is known of devices, dtypes, compilers and bytes; the layers abo
 
 from equiflop.kernels.choose import TABLE, Variant, reference
 from equiflop.kernels.layout import Layout, join, layout_of, split
+from equiflop.kernels.memory import keep_freed_memory
 from equiflop.kernels.orders import Order
 from equiflop.kernels.watched import is_bare
 
 __all__ = ["TABLE", "Layout", "Order", "Variant", "is_bare", "join", "layout_of", "reference", "split"]
+
+keep_freed_memory()

@@ -34,16 +34,16 @@ WRITTEN_OUT_TOKENS = 256
 class Mlp(NamedTuple):
     """Linear map into the group's basis, pointwise function, linear map back.
 
-    ``bias1`` and ``bias2`` are biases that depend on the token, for groups with one-dimensional irreps: what is added
-    to each irrep's row ``(N, multiplicity)`` behind either map.
+    ``bias1`` and ``bias2`` are biases that depend on the token, ``(N, dim)``: what is added behind ``fc1``, in the
+    group's basis, and behind ``fc2``.
     """
 
     fc1: schur.Maps
     act: nn.Module
     fc2: schur.Maps
     hidden: Layout
-    bias1: list[Tensor] | None = None
-    bias2: list[Tensor] | None = None
+    bias1: Tensor | None = None
+    bias2: Tensor | None = None
 
 
 class Attention(NamedTuple):
@@ -170,9 +170,10 @@ def _norm_on_lanes(lanes: Sequence[Tensor], layout: Layout, norm: norms.Norm | n
 def _mlp(lanes: Sequence[Tensor], layout: Layout, mlp: Mlp, overwrite: bool) -> list[Tensor]:
     plan, copies = mlp.hidden.plan, mlp.hidden.copies
     assert plan is not None and copies is not None and layout.copies is not None
-    rows = schur.cut_all(_plus(schur.on_lanes(lanes, layout, mlp.fc1), mlp.bias1, overwrite), copies)
+    rows = schur.cut_all(schur.on_lanes(lanes, layout, mlp.fc1), copies)
+    values = plan.synthesise_(rows) if overwrite else plan.synthesise(rows)
+    values = _plus(values, mlp.bias1, mlp.hidden, overwrite)
     if overwrite:
-        values = plan.synthesise_(rows)
         for i, value in enumerate(values):
             if type(mlp.act) is nn.GELU:
                 torch.ops.aten.gelu_(value, approximate=mlp.act.approximate)
@@ -180,17 +181,16 @@ def _mlp(lanes: Sequence[Tensor], layout: Layout, mlp: Mlp, overwrite: bool) -> 
                 values[i] = mlp.act(value)
         hidden = plan.analyse_(values)
     else:
-        hidden = plan.analyse([activate(mlp.act, value) for value in plan.synthesise(rows)])
-    return schur.cut_all(_plus(schur.on_lanes(hidden, mlp.hidden, mlp.fc2), mlp.bias2, overwrite), layout.copies)
+        hidden = plan.analyse([activate(mlp.act, value) for value in values])
+    out = schur.cut_all(schur.on_lanes(hidden, mlp.hidden, mlp.fc2), layout.copies)
+    return _plus(out, mlp.bias2, layout, overwrite)
 
 
-def _plus(rows: list[Tensor], biases: list[Tensor] | None, overwrite: bool) -> list[Tensor]:
-    if biases is None:
-        return rows
-    biases = [bias.to(row.dtype) for row, bias in zip(rows, biases, strict=True)]
-    if overwrite:
-        return [row.add_(bias) for row, bias in zip(rows, biases, strict=True)]
-    return [row + bias for row, bias in zip(rows, biases, strict=True)]
+def _plus(lanes: list[Tensor], bias: Tensor | None, layout: Layout, overwrite: bool) -> list[Tensor]:
+    if bias is None:
+        return lanes
+    biases = to_lanes(bias.to(lanes[0].dtype), layout)
+    return [lane.add_(b) if overwrite else lane + b for lane, b in zip(lanes, biases, strict=True)]
 
 
 def _attention(lanes: Sequence[Tensor], layout: Layout, attention: Attention) -> list[Tensor]:

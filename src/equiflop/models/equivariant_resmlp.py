@@ -81,15 +81,15 @@ class MatchedBias(FixedTensors):
         """Zero."""
         nn.init.zeros_(self.bias)
 
-    def lanes(self) -> list[Tensor]:
-        """What is added to each irrep's channels, ``(rows * columns, multiplicity)``."""
+    def table(self) -> Tensor:
+        """What is added to every token, ``(rows * columns, rep.dim)``."""
         fields = self.fields.to(self.bias.dtype)
         spans = self._layout.spans  # of one-dimensional irreps
-        return [fields[:, i, None] * self.bias[span.start : span.stop] for i, span in enumerate(spans)]
+        blocks = [fields[:, i, None, None] * self.bias[span.start : span.stop] for i, span in enumerate(spans)]
+        return write(blocks, self._layout, self.order, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        table = write([lane.unsqueeze(-2) for lane in self.lanes()], self._layout, self.order, None)
-        return x + table.to(x.dtype)
+        return x + self.table().to(x.dtype)
 
 
 class ChannelMlp(Mlp):
@@ -128,7 +128,7 @@ class ChannelMlp(Mlp):
         parts = self._parts_of(ChannelMlp)
         if parts is None or not (is_bare(self.bias1, MatchedBias) and is_bare(self.bias2, MatchedBias)):
             return None
-        return parts._replace(bias1=self.bias1.lanes(), bias2=self.bias2.lanes())
+        return parts._replace(bias1=self.bias1.table(), bias2=self.bias2.table())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop1(self.act(self.bias1(self.fc1(x))))
