@@ -287,16 +287,14 @@ class EquivariantConvNeXt(ConvNeXt):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
         if len(depths) != len(dims):
             raise ValueError(f"depths={tuple(depths)} and dims={tuple(dims)} differ in length")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         group = as_image_group(group)
+        # timm's constructor makes a plain network, without memory; then the parts of this one take their places.
+        super().__init__(in_chans, num_classes, depths=(0, 0, 0, 0), drop_rate=drop_rate, device="meta")
         self.group = group
         self.reps = [Rep.regular_of_dim(group, dim, f"dims[{i}]") for i, dim in enumerate(dims)]
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
         strides = [2 if i > 0 or patch_size == 2 else 1 for i in range(len(dims))]  # as in timm
         reductions = [patch_size * math.prod(strides[: i + 1]) for i in range(len(dims))]
         self.stem = EquivariantStem(self.reps[0], group, patch_size, in_chans, reductions[-1], norm_eps, **dd)
@@ -326,7 +324,6 @@ class EquivariantConvNeXt(ConvNeXt):
             {"num_chs": dim, "reduction": reductions[i], "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
         self.num_features = dims[-1]
-        self.norm_pre = nn.Identity()
         self.head = InvariantHead(self.reps[-1], num_classes, global_pool, invariants, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         _init_convnext(self, head_init_scale)
@@ -369,26 +366,24 @@ class EquivariantIsotropicConvNeXt(IsotropicConvNeXt):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         group = as_image_group(group)
         rep = Rep.regular_of_dim(group, dim, "dim")
-        self._describe(in_chans, num_classes, patch_size, depth, dim)
+        super().__init__(in_chans, num_classes, patch_size=patch_size, depth=depth, dim=dim, device="meta")
         self.group = group
         self.rep = rep
         self.stem = EquivariantStem(rep, group, patch_size, in_chans, patch_size, None, **dd)
-        options: dict[str, Any] = {
-            "kernel_size": kernel_size,
-            "ls_init_value": ls_init_value,
-            "act": get_act_layer(act_layer)() if act_layer is not None else None,
-            "norm_eps": norm_eps,
-        }
-        self.blocks = nn.Sequential(
-            *[
-                EquivariantConvNeXtBlock(rep, group, drop_path=rate, **options, **dd)
-                for rate in calculate_drop_path_rates(drop_path_rate, depth)
-            ]
-        )
+        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+            self.blocks[i] = EquivariantConvNeXtBlock(
+                rep,
+                group,
+                kernel_size=kernel_size,
+                ls_init_value=ls_init_value,
+                act=get_act_layer(act_layer)() if act_layer is not None else None,
+                norm_eps=norm_eps,
+                drop_path=rate,
+                **dd,
+            )
         self.head = InvariantHead(rep, num_classes, global_pool, invariants, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         _init_convnext(self, head_init_scale)

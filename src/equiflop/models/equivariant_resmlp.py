@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from timm.layers import DropPath, get_act_layer, to_2tuple
-from timm.models.mlp_mixer import MlpMixer
+from timm.models.mlp_mixer import MlpMixer, ResBlock
 from torch import Tensor, nn
 
 from equiflop.grids import ImageGroup, as_image_group, grid_decomposition
@@ -296,44 +296,38 @@ class EquivariantResMLP(MlpMixer):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if head not in ("mean", "paired"):
             raise ValueError(f"head={head!r} is unknown; choose 'mean' or 'paired'")
-        stem = PatchEmbed(rep, group, img_size, to_2tuple(patch_size), in_chans, **dd)
-        grid = stem.grid_size
-
-        def block(dim: int, seq_len: int, mlp_ratio: float, drop: float, drop_path: float, **_: Any) -> nn.Module:
-            act = get_act_layer(act_layer)() if act_layer is not None else None
-            return EquivariantResBlock(
-                rep,
-                group,
-                grid,
-                matched_bias=matched_bias,
-                mlp_ratio=mlp_ratio,
-                init_values=init_values,
-                act=act,
-                drop=drop,
-                drop_path=drop_path,
-                **dd,
-            )
-
+        # timm's constructor makes the plain network, without memory; then the parts of this one take their places.
         super().__init__(
-            num_classes=0,
+            num_classes=num_classes,
             img_size=img_size,
             in_chans=in_chans,
             patch_size=patch_size,
             num_blocks=num_blocks,
             embed_dim=embed_dim,
             mlp_ratio=mlp_ratio,
-            block_layer=block,
-            norm_layer=lambda dim, **_: nn.Identity(),
+            block_layer=ResBlock,
             drop_rate=drop_rate,
-            proj_drop_rate=proj_drop_rate,
-            drop_path_rate=drop_path_rate,
             global_pool=global_pool,
-            **dd,
+            device="meta",
         )
         self.group = group
         self.rep = rep
-        self.num_classes = num_classes
-        self.stem = stem
+        self.stem = PatchEmbed(rep, group, img_size, to_2tuple(patch_size), in_chans, **dd)
+        grid = self.stem.grid_size
+        for i in range(num_blocks):
+            self.blocks[i] = EquivariantResBlock(
+                rep,
+                group,
+                grid,
+                matched_bias=matched_bias,
+                mlp_ratio=mlp_ratio,
+                init_values=init_values,
+                act=get_act_layer(act_layer)() if act_layer is not None else None,
+                drop=proj_drop_rate,
+                drop_path=drop_path_rate,
+                **dd,
+            )
+        self.norm = nn.Identity()
         kind: InvariantKind = invariants or "trivial"
 
         def make_invariants(kind: InvariantKind) -> Invariants:
@@ -351,8 +345,6 @@ class EquivariantResMLP(MlpMixer):
 
     def init_weights(self, nlhb: bool = False) -> None:
         """Linear maps truncated normal 0.02, biases 0, as published; patch embedding as ``nn.Conv2d``."""
-        if not hasattr(self, "head_norm"):
-            return  # timm's constructor calls this before the parts of this class exist
         init_linears(self, skip=("stem",))
 
     def feature_rep(self, block: int) -> Rep:

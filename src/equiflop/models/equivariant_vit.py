@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from timm.layers import LayerNorm as PlainLayerNorm
-from timm.layers import get_act_layer
+from timm.layers import calculate_drop_path_rates, get_act_layer
 from timm.models.vision_transformer import Block as PlainBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -121,39 +121,7 @@ class EquivariantVisionTransformer(VisionTransformer):
         check_image_size(group, img_size, dynamic_img_size)
         rep = _feature_rep(group, embed_dim, multiplicities, design)
         check_heads(rep, num_heads, heads)
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-
-        def norm_layer(dim: int, **options: Any) -> LayerNorm:
-            return LayerNorm(rep, norm_eps, weighting=norm_weighting, **dd)
-
-        def transition() -> nn.Module:
-            if design == "invariant":
-                return ToInvariants(rep, invariants or "norm", **dd)
-            return ToRegular(rep, **dd) if plain_order == "group" else ToIrrepOrder(rep)
-
-        def block(depth: int, **options: Any) -> nn.Module:
-            if depth < equivariant_depth:
-                shared = ("num_heads", "mlp_ratio", "qkv_bias", "proj_bias", "proj_drop", "attn_drop", "init_values")
-                act = get_act_layer(act_layer)() if act_layer is not None else None
-                return Block(
-                    rep,
-                    **{name: options[name] for name in (*shared, "drop_path")},
-                    heads=heads,
-                    act=act,
-                    norm_eps=norm_eps,
-                    norm_weighting=norm_weighting,
-                    **dd,
-                )
-            options["norm_layer"] = partial(PlainLayerNorm, eps=plain_norm_eps)
-            if depth > equivariant_depth:
-                return PlainBlock(depth=depth, **options)
-            first = FirstPlainBlock(depth=depth, **options)
-            first.enter = transition()
-            return first
-
-        def embed_layer(embed_dim: int, dynamic_img_pad: bool, output_fmt: str = "NLC", **options: Any) -> PatchEmbed:
-            return PatchEmbed(rep, group, output_fmt=output_fmt, **options)
-
+        # timm's constructor makes the plain network, without memory; then the parts of this one take their places.
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -163,10 +131,6 @@ class EquivariantVisionTransformer(VisionTransformer):
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            proj_bias=proj_bias,
-            init_values=init_values,
             class_token=class_token,
             pos_embed="none",
             no_embed_class=no_embed_class,
@@ -179,29 +143,47 @@ class EquivariantVisionTransformer(VisionTransformer):
             drop_rate=drop_rate,
             pos_drop_rate=pos_drop_rate,
             patch_drop_rate=patch_drop_rate,
-            proj_drop_rate=proj_drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
             weight_init="skip",
             fix_init=fix_init,
-            embed_layer=embed_layer,
-            norm_layer=norm_layer,
-            act_layer=act_layer,
-            block_fn=block,
-            **dd,
+            device="meta",
         )
         self.group = group
         self.rep = rep
         self.design = design
         self.equivariant_depth = equivariant_depth
-        self.plain_norm_eps = plain_norm_eps
         self.token_std = token_std
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm = partial(LayerNorm, rep, norm_eps, weighting=norm_weighting, **dd)
+        plain_norm = partial(PlainLayerNorm, eps=plain_norm_eps)
+
+        sizes: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
+        self.patch_embed = PatchEmbed(rep, group, img_size, patch_size, in_chans, bias=not pre_norm, **sizes, **dd)
         trivial = rep.multiplicities[0]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, trivial, **dd)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, trivial, **dd)) if reg_tokens else None
         if pos_embed == "learn":
             embedded_prefix = 0 if no_embed_class else self.num_prefix_tokens
             self.pos_embed = PositionEmbedding(rep, group, self.patch_embed.grid_size, embedded_prefix, **dd)
+        if pre_norm:
+            self.norm_pre = norm()
+
+        act = nn.GELU if act_layer is None else get_act_layer(act_layer)
+        options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "proj_bias": proj_bias}
+        options |= {"proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate, "init_values": init_values, **dd}
+        own: dict[str, Any] = {"heads": heads, "norm_eps": norm_eps, "norm_weighting": norm_weighting}
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        for i, rate in enumerate(rates[:equivariant_depth]):
+            self.blocks[i] = Block(rep, num_heads, act=act(), drop_path=rate, **own, **options)
+        for i, rate in enumerate(rates[equivariant_depth:], start=equivariant_depth):
+            plain = FirstPlainBlock if i == equivariant_depth else PlainBlock
+            layers: dict[str, Any] = {"act_layer": act, "norm_layer": plain_norm}
+            self.blocks[i] = plain(embed_dim, num_heads, drop_path=rate, depth=i, **layers, **options)
+
+        for name in ("norm", "fc_norm"):
+            if isinstance(getattr(self, name), nn.Identity):
+                continue
+            kind = FinalPlainNorm if name == "norm" and equivariant_depth == depth else PlainLayerNorm
+            setattr(self, name, norm() if design == "equivariant" else kind(embed_dim, eps=plain_norm_eps, **dd))
         if design == "equivariant":
             self.invariants: nn.Module = Invariants(rep, invariants or "trivial", **dd)
             self.head_hidden_size = self.invariants.out_features
@@ -210,24 +192,24 @@ class EquivariantVisionTransformer(VisionTransformer):
             )
         else:
             self.invariants = self.feature_invariants = nn.Identity()
-            self._make_final_norms_plain(transition, equivariant_depth == depth, dd)
+            if design == "invariant":
+                self._leave_irreps(ToInvariants(rep, invariants or "norm", **dd))
+            else:
+                self._leave_irreps(ToRegular(rep, **dd) if plain_order == "group" else ToIrrepOrder(rep))
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         self.register_load_state_dict_post_hook(settle_constants)
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 
-    def _make_final_norms_plain(
-        self, transition: Callable[[], nn.Module], no_plain_block: bool, dd: dict[str, Any]
-    ) -> None:
-        for name in ("norm", "fc_norm"):
-            if not isinstance(getattr(self, name), nn.Identity):
-                setattr(self, name, PlainLayerNorm(self.embed_dim, eps=self.plain_norm_eps, **dd))
-        if no_plain_block and isinstance(self.norm, nn.Identity):
-            self.norm = transition()
-        elif no_plain_block:
-            self.norm = FinalPlainNorm(self.embed_dim, eps=self.plain_norm_eps, **dd)
-            self.norm.enter = transition()
+    def _leave_irreps(self, transition: nn.Module) -> None:
+        """Put the transition to plain channels in front of the first plain block, else of the final norm."""
+        if self.equivariant_depth < len(self.blocks):
+            self.blocks[self.equivariant_depth].enter = transition
+        elif isinstance(self.norm, FinalPlainNorm):
+            self.norm.enter = transition
+        else:
+            self.norm = transition
 
     @property
     def invariant_output(self) -> bool:

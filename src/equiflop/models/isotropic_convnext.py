@@ -51,7 +51,11 @@ class IsotropicConvNeXt(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self._describe(in_chans, num_classes, patch_size, depth, dim)
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dim
+        self.grad_checkpointing = False
+        self.feature_info = [{"module": f"blocks.{i}", "num_chs": dim, "reduction": patch_size} for i in range(depth)]
         self.stem: nn.Module = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(
@@ -73,13 +77,6 @@ class IsotropicConvNeXt(nn.Module):
         self.init_weights(head_init_scale)
 
     head: Any
-
-    def _describe(self, in_chans: int, num_classes: int, patch_size: int, depth: int, dim: int) -> None:
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dim
-        self.grad_checkpointing = False
-        self.feature_info = [{"module": f"blocks.{i}", "num_chs": dim, "reduction": patch_size} for i in range(depth)]
 
     def init_weights(self, head_init_scale: float = 1.0) -> None:
         """Matrices and kernels truncated normal 0.02, biases 0."""

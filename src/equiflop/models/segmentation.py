@@ -197,7 +197,7 @@ class Segmenter(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised patch tokens, ``(B, in_chans, H, W)`` to ``(B, H / p, W / p, embed_dim)``."""
-        grid = self.backbone.patch_embed.dynamic_feat_size(x.shape[-2:])
+        grid = self.backbone.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         tokens = self.backbone.fc_norm(self.backbone.forward_features(x))  # one of the two norms is an identity
         return tokens[:, self.num_prefix_tokens :].unflatten(1, grid)
 
