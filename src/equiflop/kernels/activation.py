@@ -37,6 +37,15 @@ def activate(act: nn.Module, x: Tensor) -> Tensor:
     return (choose("activation", act, x) or _reference)(act, x)
 
 
+def activate_(act: nn.Module, x: Tensor) -> Tensor:
+    """:func:`activate` that overwrites ``x`` where it can, to hold less memory."""
+    if type(act) is nn.GELU:
+        return torch.ops.aten.gelu_(x, approximate=act.approximate)
+    if type(act) is QuickGELU:
+        return x.mul_((x * _SIGMOID_FACTORS[QuickGELU]).sigmoid_())
+    return act(x)
+
+
 def _reference(act: nn.Module, x: Tensor) -> Tensor:
     return act(x)
 

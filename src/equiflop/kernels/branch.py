@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from equiflop.kernels import norm as norms
 from equiflop.kernels import schur
-from equiflop.kernels.activation import activate
+from equiflop.kernels.activation import activate, activate_
 from equiflop.kernels.choose import TABLE, Variant, choose, is_constant, is_eager, is_traced_for_kernels, may_overwrite
 from equiflop.kernels.layout import Layout, per_channel, per_lane, to_lanes
 
@@ -175,10 +175,7 @@ def _mlp(lanes: Sequence[Tensor], layout: Layout, mlp: Mlp, overwrite: bool) -> 
     values = _plus(values, mlp.bias1, mlp.hidden, overwrite)
     if overwrite:
         for i, value in enumerate(values):
-            if type(mlp.act) is nn.GELU:
-                torch.ops.aten.gelu_(value, approximate=mlp.act.approximate)
-            else:
-                values[i] = mlp.act(value)
+            values[i] = activate_(mlp.act, value)
         hidden = plan.analyse_(values)
     else:
         hidden = plan.analyse([activate(mlp.act, value) for value in values])

@@ -145,7 +145,7 @@ def evaluate(
                 model(torch.zeros(batch_size, *split.preprocessing.input_size, device=device))
     finally:
         model.train(was_training)
-    if processes is not None and processes.largest(int(problem is not None)) and problem is None:
+    if processes is not None and processes.all_reduce_max(int(problem is not None)) and problem is None:
         problem = ValueError("another process could not measure its test images")
     if problem is not None:
         raise problem

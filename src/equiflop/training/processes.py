@@ -99,7 +99,7 @@ class Processes:
         dist.all_reduce(shared)
         return shared.cpu()
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Largest of a number over the processes."""
         if self.count == 1:
             return value
@@ -107,13 +107,17 @@ class Processes:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return int(shared)
 
-    def from_first(self, value: Any) -> Any:
-        """What the first process has."""
+    def broadcast(self, value: Any) -> Any:
+        """What the first process gives."""
         if self.count == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def wait_for_first(self) -> None:
+        """Wait until the first process has come here; it does not wait for the others."""
+        self.broadcast(None)
 
     def gathered(self, values: list[Any]) -> list[Any]:
         """The lists of all processes, one behind the other."""

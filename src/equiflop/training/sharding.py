@@ -89,10 +89,10 @@ def save_sharded_state(path: Path, state: TrainState, processes: Processes) -> N
         OSError: if one process cannot write, or not where the first one sees it; earlier states are then intact.
     """
     tensors, rest = _take_apart(state)
-    folder = Path(processes.from_first(str(hidden(path))))
+    folder = Path(processes.broadcast(str(hidden(path))))
     if processes.first:
         remove(folder)
-    processes.from_first(None)
+    processes.wait_for_first()
     problem: OSError | None = None
     try:
         with failures_named(path), _plain_failures():
@@ -109,7 +109,7 @@ def save_sharded_state(path: Path, state: TrainState, processes: Processes) -> N
                 remove_old_states(path.parent, state.config.keep_checkpoints)
     except OSError as error:
         problem = error
-    if processes.largest(int(problem is not None)):
+    if processes.all_reduce_max(int(problem is not None)):
         if processes.first:
             remove(folder)
         raise problem or OSError(f"{path}: another process cannot write its share; what was there before is intact")

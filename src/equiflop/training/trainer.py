@@ -163,10 +163,10 @@ class Trainer:
     def _open_data(self) -> ImageData:
         """The first process goes first: it may have to download."""
         if not self.processes.first:
-            self.processes.from_first(None)
+            self.processes.wait_for_first()
         data = open_data(self.config.data, self.config.image_size, self.config.channels)
         if self.processes.first:
-            self.processes.from_first(None)
+            self.processes.wait_for_first()
         return data
 
     def _networks(self) -> list[nn.Module]:
@@ -226,9 +226,9 @@ class Trainer:
             CheckpointError: if there are checkpoints but none is readable, or it is of another run.
         """
         problems: list[str] = []
-        for path in self.processes.from_first(saved_states(self.out / CHECKPOINT_FOLDER)):
+        for path in self.processes.broadcast(saved_states(self.out / CHECKPOINT_FOLDER)):
             state, problem = self._read(path)
-            failed = self.processes.largest(int(state is None))  # all processes take the same one
+            failed = self.processes.all_reduce_max(int(state is None))  # all processes take the same one
             if state is not None and not failed:
                 self._check_same_run(state, path)
                 try:
@@ -236,7 +236,7 @@ class Trainer:
                 except CheckpointError as error:
                     problem = str(error)
                     state = None
-                failed = self.processes.largest(int(state is None))
+                failed = self.processes.all_reduce_max(int(state is None))
             if not failed:
                 self._resumed_from = path
                 self._start_problem = None
@@ -270,7 +270,7 @@ class Trainer:
         if self.processes.first:
             with sole_user(self.out):
                 remove_states(self.out / CHECKPOINT_FOLDER)
-        self.processes.from_first(None)
+        self.processes.wait_for_first()
 
     def _remove_earlier_run(self) -> None:
         if not self._starts_anew:
@@ -279,7 +279,7 @@ class Trainer:
             remove_states(self.out / CHECKPOINT_FOLDER)
             for name in (WEIGHTS_FILE, UNREADABLE_FILE, *LOG_FILES):
                 (self.out / name).unlink(missing_ok=True)
-        self.processes.from_first(None)
+        self.processes.wait_for_first()
         self._starts_anew = False
         self.write_config()
 
@@ -426,7 +426,7 @@ class Trainer:
     def _check_weights(self) -> None:
         local = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
         broken = not bool(torch.stack([torch.isfinite(p).all() for p in local]).all())
-        if self.processes.largest(int(broken)):
+        if self.processes.all_reduce_max(int(broken)):
             raise NonFiniteLossError(
                 f"a weight is not finite after epoch {self.epoch + 1}, step {self.step}; try a lower lr, more warm-up "
                 "or a smaller clip_grad; the last checkpoint is intact"
@@ -452,7 +452,7 @@ class Trainer:
         """The clock of the first process decides for all; the end of an epoch is saved anyhow."""
         minutes = self.config.save_minutes
         due = minutes > 0 and self.processes.first and time.monotonic() - self._saved_at >= 60 * minutes
-        if self.processes.largest(int(due)) and self.step < self.steps_per_epoch:
+        if self.processes.all_reduce_max(int(due)) and self.step < self.steps_per_epoch:
             self.save()
 
     def write_config(self) -> None:
@@ -579,7 +579,7 @@ class Trainer:
     def _stop_if_asked(self, stop: StopRequest | None) -> None:
         """All processes stop together, wherever the signal came."""
         own = stop.requested() if stop is not None else None
-        signal_number = self.processes.largest(int(own or 0))
+        signal_number = self.processes.all_reduce_max(int(own or 0))
         if signal_number:
             self.progress.clear()
             raise TrainingInterrupted(self.save(), self.epoch, self.step, signal_number)
