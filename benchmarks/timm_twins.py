@@ -49,7 +49,10 @@ has a counterpart, or the name is refused. Written by
 ```
 
 with timm {timm} and torch {torch}. An override may replace what a refusal names, for instance
-`equiflop.twin("vit_base_patch16_siglip_224", global_pool="avg")`.
+`equiflop.twin("vit_base_patch16_siglip_224", global_pool="avg")`. `twin("convnext_tiny")` and
+`twin("resmlp_12_224")` are the registered networks. `equiflop train`, `check`, `bench` and `models` take `twin:NAME`,
+with `--set group=octic` and so on. Weights are not carried over; a network with weights, or a name with a tag, draws a
+warning that says so.
 """
 
 

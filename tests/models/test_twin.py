@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import equiflop
-from equiflop import ImageGroup
+from equiflop import EquiflopWarning, ImageGroup
 from equiflop.groups import cyclic
+from equiflop.image_group import named_image_group
 from equiflop.models import EquivariantVisionTransformer
 from equiflop.models.twin import twin, twin_keywords
 from oracles import relative_error, scramble
@@ -46,6 +48,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "test_vit2": {"img_size": 48},  # any image size, register and class token
 }
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 3.0}
+
+#: A twin of a network with weights, or of a tag, warns; what it says is tested by itself.
+pytestmark = pytest.mark.filterwarnings("ignore:the twin is untrained:equiflop.EquiflopWarning")
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -531,3 +536,36 @@ def test_all_names_of_timm(group: str) -> None:
         assert 0.95 < plain_parameters / made_parameters / made.group.order < 1.05, name
     assert all(text.startswith(f"{name} has no twin: ") and "\n" not in text for name, text in refusals.items())
     assert len(built) >= 114
+
+
+def test_weights_that_are_left_behind_are_named() -> None:
+    with torch.device("meta"):
+        plain = timm.create_model("vit_tiny_patch16_224", depth=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin("vit_tiny_patch16_224", depth=1, device="meta")
+        twin(plain)  # without memory, so without weights
+    with pytest.warns(EquiflopWarning, match="those of the given network, have no equivariant image"):
+        twin(small("deit3_small_patch16_224"))
+    with pytest.warns(EquiflopWarning, match="those of 'vit_tiny_patch16_224.augreg_in21k'"):
+        twin("vit_tiny_patch16_224.augreg_in21k", depth=1, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("plain", "own"), [("convnext_tiny", "flop_convnext_tiny"), ("resmlp_12_224", "flop_resmlp_12_224")]
+)
+def test_names_of_other_families_give_the_registered_networks(plain: str, own: str) -> None:
+    options = {"device": "meta", "num_classes": 10}
+    made, expected = twin(plain, **options), timm.create_model(own, **options)
+    assert type(made) is type(expected) and made.group == expected.group
+    assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
+    assert twin(plain, "updown", **options).group == named_image_group("updown")
+    with pytest.raises(ValueError, match="heads='coupled' is for vision transformers"):
+        twin(plain, heads="coupled", **options)
+    with pytest.raises(ValueError, match="num_clases"):
+        twin(plain, num_clases=3)
+
+
+def test_a_refusal_recommends_only_what_the_network_has() -> None:
+    with pytest.raises(ValueError, match=r"use 'avg'$"):  # no class token
+        twin("vit_base_patch16_siglip_224", device="meta")

@@ -19,14 +19,23 @@ from equiflop.cli.options import ImageSize, json_option
 def command(pattern: str, img_size: tuple[int, int], markdown: bool, as_json: bool) -> None:
     """List the equivariant models with their size and cost beside those of the plain network.
 
-    PATTERN chooses some of them, for example "*base*". MACs are multiply-adds of one image.
+    PATTERN chooses some of them, for example "*base*"; with "twin:" in front, names of timm, whose twins are listed.
+    MACs are multiply-adds of one image.
 
     \b
-    Example: equiflop models "flop_deit3*"
+    Examples: equiflop models "flop_deit3*"
+              equiflop models "twin:vit_small_patch16_*"
     """
-    import equiflop
+    import timm
 
-    names = [name for name in equiflop.equivariant_models() if fnmatch.fnmatch(name, pattern)]
+    import equiflop
+    from equiflop.models.entry_points import TWIN
+
+    if pattern.startswith(TWIN):
+        plain = pattern.removeprefix(TWIN)
+        names = [TWIN + name for name in timm.list_models(plain)] if plain else []
+    else:
+        names = [name for name in equiflop.equivariant_models() if fnmatch.fnmatch(name, pattern)]
     if not names:
         raise ValueError(f"PATTERN={pattern!r} matches none of the models; 'equiflop models' lists them all")
     columns = ("model", "params M", "MACs G", "plain twin", "params M", "MACs G", "MAC ratio")
@@ -39,7 +48,13 @@ def command(pattern: str, img_size: tuple[int, int], markdown: bool, as_json: bo
         click.echo(row_format.format("---", "---:", "---:", "---", "---:", "---:", "---:"))
     rows = []
     for name in names:
-        row = _describe(name, img_size)
+        try:
+            row = _describe(name, img_size)
+        except ValueError as error:
+            if len(names) == 1 or not name.startswith(TWIN):
+                raise
+            click.echo(str(error), err=True)
+            continue
         rows.append(row)
         if not as_json:
             click.echo(row_format.format(*_cells(row)))
@@ -49,18 +64,17 @@ def command(pattern: str, img_size: tuple[int, int], markdown: bool, as_json: bo
 
 def _describe(name: str, img_size: tuple[int, int]) -> dict[str, Any]:
     """Sizes and costs of a model and its plain twin, made on the meta device."""
-    import timm
     import torch
 
     import equiflop
-    from equiflop.training.model_spec import input_keywords
+    from equiflop.training.model_spec import create_model, input_keywords
 
     twin, overrides = equiflop.plain_twin(name)
 
     def made(model: str, keywords: dict[str, Any]) -> torch.nn.Module:
         size = {key: value for key, value in input_keywords(model, (3, *img_size)).items() if key == "img_size"}
         with torch.device("meta"):
-            return timm.create_model(model, **size, **keywords)
+            return create_model(model, {**size, **keywords})
 
     model, plain = made(name, {}), made(twin, overrides)
     return {

@@ -130,6 +130,9 @@ class _Row:
         return {**self.args, **(self.published if own else {}), **overrides}
 
 
+#: In front of a name of timm: the twin that :func:`equiflop.twin` makes of it.
+TWIN = "twin:"
+
 _MODELS: dict[str, _Row] = {}
 _PLAIN_TWINS: dict[str, str] = {}
 
@@ -175,7 +178,7 @@ def plain_twin(name: str) -> tuple[str, dict[str, Any]]:
     """The plain network that an equivariant one is compared with.
 
     Args:
-        name: name of an equivariant model.
+        name: name of an equivariant model, or ``"twin:"`` and a name of timm.
 
     Returns:
         timm's name of the plain twin (of the registered networks, where timm has none) and the keywords that differ
@@ -187,6 +190,8 @@ def plain_twin(name: str) -> tuple[str, dict[str, Any]]:
     >>> plain_twin("flop_resmlp_big_24_224")
     ('resmlp_big_24_patch16_224', {})
     """
+    if name.startswith(TWIN):
+        return name.removeprefix(TWIN), {}
     if name not in _PLAIN_TWINS:
         close = difflib.get_close_matches(name, _PLAIN_TWINS, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; 'equiflop models' lists them"
@@ -199,6 +204,16 @@ def equivariant_models() -> list[str]:
     return list(_PLAIN_TWINS)
 
 
+def registered_twin(plain: str) -> str | None:
+    """The registered E(ResMLP) or E(ConvNeXt) whose plain twin has this name; None for other names.
+
+    >>> registered_twin("convnext_tiny")
+    'flop_convnext_tiny'
+    """
+    names = (name for name, twin in _PLAIN_TWINS.items() if twin == plain and _MODELS[name].family is not _E_VIT)
+    return next(names, None)
+
+
 def own_keywords(equivariant: type[nn.Module], plain: type[nn.Module]) -> frozenset[str]:
     """Keywords of an equivariant class that its plain twin does not have."""
     ours, theirs = (set(inspect.signature(cls).parameters) for cls in (equivariant, plain))
@@ -207,7 +222,9 @@ def own_keywords(equivariant: type[nn.Module], plain: type[nn.Module]) -> frozen
 
 def plain_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of an equivariant model that hold for its plain twin as well."""
-    own = own_keywords(_MODELS[name].family.model_class, _PLAIN_CLASSES[_MODELS[name].family.model_class])
+    name = registered_twin(name.removeprefix(TWIN)) or name
+    equivariant = (_E_VIT if name.startswith(TWIN) else _MODELS[name].family).model_class
+    own = own_keywords(equivariant, _PLAIN_CLASSES[equivariant])
     return {key: value for key, value in settings.items() if key not in own}
 
 

@@ -370,9 +370,8 @@ def _check_pooling(design: str, global_pool: str, class_token: bool) -> None:
     }
     if global_pool in reasons:
         if design == "equivariant":
-            raise ValueError(
-                f"global_pool={global_pool!r} breaks the symmetry: {reasons[global_pool]}; use 'token' or 'avg'"
-            )
+            instead = "'token' or 'avg'" if class_token else "'avg'"
+            raise ValueError(f"global_pool={global_pool!r} breaks the symmetry: {reasons[global_pool]}; use {instead}")
         if global_pool in ("map", "prr"):
             raise ValueError(f"global_pool={global_pool!r} is not supported; use 'token', 'avg', 'avgmax' or 'max'")
     elif global_pool not in ("", "avg", "token"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -32,11 +33,12 @@ from torch import nn
 
 from equiflop import nn as enn
 from equiflop.grids import ImageGroup, as_image_group
-from equiflop.models.entry_points import own_keywords
+from equiflop.models.entry_points import own_keywords, registered_twin
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
 from equiflop.models.transition import ToInvariants, ToIrrepOrder, ToRegular
 from equiflop.nn.attention import Heads
 from equiflop.timm_compat import update_model_args
+from equiflop.warnings import EquiflopWarning
 
 _KEYWORDS = tuple(inspect.signature(EquivariantVisionTransformer).parameters)
 _OWN_KEYWORDS = own_keywords(EquivariantVisionTransformer, VisionTransformer)
@@ -63,14 +65,15 @@ def twin(
     group: str | ImageGroup = "flop",
     heads: Heads | None = None,
     **overrides: Any,
-) -> EquivariantVisionTransformer:
-    """The untrained equivariant twin E(X) of a vision transformer X of timm.
+) -> nn.Module:
+    """The untrained equivariant twin E(X) of a vision transformer X of timm, or of a ResMLP or ConvNeXt by name.
 
     It has X's width, depth, heads, patches, tokens, norms, scales, activation, pooling, head and dropouts, the epsilon
     of X's norms included, and every block is equivariant. X is a network of timm's class ``VisionTransformer`` with
     pre-norm blocks, learned or no position embedding, and token, average or no pooling; anything else is refused rather
     than approximated. Weights are not carried over: those of a plain network have no equivariant image. The twin is
-    initialised as :class:`EquivariantVisionTransformer` is, whatever ``weight_init`` X was made with.
+    initialised as :class:`EquivariantVisionTransformer` is, whatever ``weight_init`` X was made with. For the names of
+    plain ResMLP and ConvNeXt networks that have a registered twin ("convnext_tiny"), it is that one.
 
     Args:
         model: a name that timm knows (built without memory, to be read), or a network. The twin of a network gets its
@@ -86,16 +89,25 @@ def twin(
             is none of timm's or an override is unknown; the message names the model and the reason.
         TypeError: if ``model`` is neither a name nor a module.
 
+    Warns:
+        EquiflopWarning: if the network has weights, or the name a tag of pretrained ones, which the twin has not.
+
     >>> model = twin("vit_small_patch16_224", device="meta")
     >>> model.rep, len(model.blocks), model.norm.eps
     (Rep(C2: 192 A + 192 B), 12, 1e-06)
     >>> twin("vit_base_patch16_siglip_224", device="meta")
     Traceback (most recent call last):
     ValueError: vit_base_patch16_siglip_224 has no twin: global_pool='map' breaks the symmetry: its attention mixes \
-channels of different irreps; use 'token' or 'avg'
+channels of different irreps; use 'avg'
     """
+    _refuse_pretrained(overrides)
+    registered = registered_twin(model.split(".")[0]) if isinstance(model, str) else None
+    if registered is not None:
+        _warn_of_weights(model)
+        return _registered(registered, group, heads, overrides)
     plain, name = _plain_model(model)
     keywords = _twin_keywords(plain, name, group, heads, overrides)
+    _warn_of_weights(model)
     if isinstance(model, nn.Module):
         weight = plain.patch_embed.proj.weight
         keywords = {"device": weight.device, "dtype": weight.dtype, **keywords}
@@ -118,6 +130,31 @@ def twin_keywords(
 ) -> dict[str, Any]:
     """The keywords with which :class:`EquivariantVisionTransformer` makes :func:`twin`; same arguments and errors."""
     return _twin_keywords(*_plain_model(model), group, heads, overrides)
+
+
+def _refuse_pretrained(overrides: dict[str, Any]) -> None:
+    if overrides.get("pretrained"):
+        raise ValueError("pretrained=True: weights of a plain network have no equivariant image; the twin is untrained")
+
+
+def _warn_of_weights(model: str | nn.Module) -> None:
+    """Say that weights are left behind, where there are any."""
+    if isinstance(model, str):
+        left = f"those of {model!r}" if "." in model else None
+    else:
+        left = "those of the given network" if any(not p.is_meta for p in model.parameters()) else None
+    if left is not None:
+        text = f"the twin is untrained: weights of a plain network, such as {left}, have no equivariant image"
+        warnings.warn(text, EquiflopWarning, stacklevel=3)
+
+
+def _registered(name: str, group: str | ImageGroup, heads: Heads | None, overrides: dict[str, Any]) -> nn.Module:
+    if heads is not None:
+        raise ValueError(f"heads={heads!r} is for vision transformers; {name} has no heads")
+    try:
+        return timm.create_model(name, group=group, **overrides)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be made with {overrides}: {error}") from error
 
 
 def _refusal(name: str, reason: str) -> ValueError:
@@ -153,8 +190,7 @@ def _plain_model(model: str | nn.Module) -> tuple[VisionTransformer, str]:
 def _twin_keywords(
     plain: VisionTransformer, name: str, group: str | ImageGroup, heads: Heads | None, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    if overrides.get("pretrained"):
-        raise ValueError("pretrained=True: weights of a plain network have no equivariant image; the twin is untrained")
+    _refuse_pretrained(overrides)
     for key in overrides:
         if key not in _KEYWORDS or key in ("group", "heads"):
             close = difflib.get_close_matches(key, _KEYWORDS, n=1)

@@ -13,17 +13,20 @@ import torch
 from torch import nn
 
 from equiflop.data import Preprocessing
+from equiflop.models import twin
+from equiflop.models.entry_points import TWIN
 
 
 def check_model_name(name: str) -> None:
-    """See that timm, with equiflop's models registered, knows the name.
+    """See that timm, with equiflop's models registered, knows the name, or the one behind ``"twin:"``.
 
     Raises:
         ValueError: if not; it names the closest ones.
     """
-    if timm.is_model(name):
+    plain = name.removeprefix(TWIN)
+    if timm.is_model(plain):
         return
-    close = get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
+    close = get_close_matches(plain, timm.list_models(), n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else "'equiflop models' lists ours, timm.list_models() all"
     raise ValueError(f"model={name!r} is unknown; {hint}")
 
@@ -32,7 +35,7 @@ def create_model(name: str, kwargs: Mapping[str, Any], pretrained: bool = False)
     """Make a model by timm's registry.
 
     Args:
-        name: a name that timm knows.
+        name: a name that timm knows; with ``"twin:"`` in front the equivariant twin of that network.
         kwargs: timm's keywords.
         pretrained: load timm's published weights, downloading them if necessary.
 
@@ -41,6 +44,9 @@ def create_model(name: str, kwargs: Mapping[str, Any], pretrained: bool = False)
         TypeError: if a keyword is unknown.
     """
     check_model_name(name)
+    if name.startswith(TWIN):
+        wanted: dict[str, Any] = {"pretrained": True} if pretrained else {}
+        return twin(name.removeprefix(TWIN), **wanted, **kwargs)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except AssertionError as error:
@@ -69,7 +75,7 @@ def check_takes(model: nn.Module, name: str, input_size: tuple[int, int, int]) -
 
 def input_keywords(name: str, input_size: tuple[int, int, int]) -> dict[str, Any]:
     """timm's keywords that make a model fit its input; ``img_size`` only for models of a fixed size."""
-    config = timm.get_pretrained_cfg(name)
+    config = timm.get_pretrained_cfg(name.removeprefix(TWIN))
     keywords: dict[str, Any] = {"in_chans": input_size[0]}
     if config is not None and config.fixed_input_size:
         keywords["img_size"] = list(input_size[1:])
@@ -78,7 +84,7 @@ def input_keywords(name: str, input_size: tuple[int, int, int]) -> dict[str, Any
 
 def published_preprocessing(name: str) -> Preprocessing | None:
     """What timm notes down about the input of a model; None where it notes nothing."""
-    config = timm.get_pretrained_cfg(name)
+    config = timm.get_pretrained_cfg(name.removeprefix(TWIN))
     if config is None:
         return None
     return Preprocessing(config.input_size, config.mean, config.std, config.interpolation, config.crop_pct)
