@@ -8,18 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from click.testing import CliRunner, Result
 
 import equiflop
-from equiflop.cli.main import main
 from equiflop.training.checkpoint import load_model
-from test_malformed import assert_one_line
+from test_malformed import assert_one_line, run
 
 SMALL = ["--set", "depth=1", "--set", "embed_dim=16", "--set", "num_heads=4", "--img-size", "32"]
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
 
 
 @pytest.mark.parametrize("group", ["flop", "octic"])

@@ -21,6 +21,7 @@ from equiflop import EquiflopWarning, ImageGroup
 from equiflop.groups import cyclic
 from equiflop.image_group import named_image_group
 from equiflop.models import EquivariantVisionTransformer
+from equiflop.models.entry_points import plain_settings
 from equiflop.models.twin import twin, twin_keywords
 from oracles import relative_error, scramble
 
@@ -559,6 +560,10 @@ def test_names_of_other_families_give_the_registered_networks(plain: str, own: s
     made, expected = twin(plain, **options), timm.create_model(own, **options)
     assert type(made) is type(expected) and made.group == expected.group
     assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
+    with pytest.warns(EquiflopWarning, match=f"those of '{plain}.fb_in1k'"):
+        assert type(twin(f"{plain}.fb_in1k", **options)) is type(expected)
+    settings = {"group": "updown", "drop_rate": 0.1, "norm_eps": 1e-5, "matched_bias": True}
+    assert plain_settings(f"twin:{plain}.fb_in1k", settings) == plain_settings(own, settings)
     assert twin(plain, "updown", **options).group == named_image_group("updown")
     with pytest.raises(ValueError, match="heads='coupled' is for vision transformers"):
         twin(plain, heads="coupled", **options)

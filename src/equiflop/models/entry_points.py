@@ -205,11 +205,12 @@ def equivariant_models() -> list[str]:
 
 
 def registered_twin(plain: str) -> str | None:
-    """The registered E(ResMLP) or E(ConvNeXt) whose plain twin has this name; None for other names.
+    """The registered E(ResMLP) or E(ConvNeXt) whose plain twin has this name, tag or not; None for other names.
 
-    >>> registered_twin("convnext_tiny")
-    'flop_convnext_tiny'
+    >>> registered_twin("convnext_tiny"), registered_twin("convnext_tiny.fb_in1k")
+    ('flop_convnext_tiny', 'flop_convnext_tiny')
     """
+    plain = plain.split(".")[0]
     names = (name for name, twin in _PLAIN_TWINS.items() if twin == plain and _MODELS[name].family is not _E_VIT)
     return next(names, None)
 

@@ -101,10 +101,11 @@ def twin(
 channels of different irreps; use 'avg'
     """
     _refuse_pretrained(overrides)
-    registered = registered_twin(model.split(".")[0]) if isinstance(model, str) else None
+    registered = registered_twin(model) if isinstance(model, str) else None
     if registered is not None:
+        network = _registered(registered, group, heads, overrides)
         _warn_of_weights(model)
-        return _registered(registered, group, heads, overrides)
+        return network
     plain, name = _plain_model(model)
     keywords = _twin_keywords(plain, name, group, heads, overrides)
     _warn_of_weights(model)
