@@ -13,7 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.layers.attention import Attention as TimmAttention
+from timm.layers import Attention, AttentionPoolLatent, AttentionRope, DiffAttention
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock
+from timm.models.vision_transformer_relpos import RelPosAttention
+from timm.models.vision_transformer_sam import Attention as SamAttention
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,16 +54,53 @@ def _padding(module: nn.Conv2d) -> tuple[int, int]:
     return 2 * height, 2 * width
 
 
-def _plain_attention(module: TimmAttention, x: Tensor, *_: Any) -> int:
+def _attention(module: Any, x: Tensor, *_: Any) -> int:
     """The products of queries, keys and values alone; the linear maps are modules of their own."""
     batch, tokens = x.shape[0], x.shape[1]
-    return 2 * batch * module.num_heads * tokens * tokens * module.head_dim
+    return 2 * batch * module.num_heads * tokens * tokens * _head_dim(module)
+
+
+def _head_dim(module: Any) -> int:
+    return module.head_dim if hasattr(module, "head_dim") else module.proj.in_features // module.num_heads
+
+
+def _attention_with_biases(module: Any, x: Tensor, *_: Any) -> int:
+    """As :func:`_attention`; where queries and values have a bias of their own, also the map that made them."""
+    own = module.q_bias is not None and not module.qkv_bias_separate
+    return _attention(module, x) + (_vectors(x) * module.qkv.weight.numel() if own else 0)
+
+
+def _differential_attention(module: DiffAttention, x: Tensor, *_: Any) -> int:
+    """Two attention maps of ``head_dim`` channels for values of twice as many."""
+    batch, tokens = x.shape[0], x.shape[1]
+    return 6 * batch * module.num_heads * tokens * tokens * module.head_dim
+
+
+def _attention_pool(module: AttentionPoolLatent, x: Tensor, *_: Any) -> int:
+    return 2 * x.shape[0] * module.num_heads * module.latent_len * x.shape[1] * module.head_dim
+
+
+def _windowed_attention(module: SamAttention, x: Tensor, *_: Any) -> int:
+    """Attention on a grid of tokens, and queries times relative positions along both axes."""
+    batch, height, width = x.shape[:3]
+    positions = height + width if module.use_rel_pos else 0
+    tokens = height * width
+    return batch * module.num_heads * tokens * module.head_dim * (2 * tokens + positions)
 
 
 COUNTERS: dict[type[nn.Module], Counter] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv,
-    TimmAttention: _plain_attention,
+    Attention: _attention,
+    AttentionRope: _attention,
+    EvaAttention: _attention_with_biases,
+    BeitAttention: _attention_with_biases,
+    RelPosAttention: _attention,
+    ParallelScalingBlock: _attention,
+    DiffAttention: _differential_attention,
+    DiffParallelScalingBlock: _differential_attention,
+    AttentionPoolLatent: _attention_pool,
+    SamAttention: _windowed_attention,
 }
 
 

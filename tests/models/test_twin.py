@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -17,16 +19,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import equiflop
-from equiflop import EquiflopWarning, ImageGroup
-from equiflop.groups import cyclic
+from equiflop import EquiflopWarning
 from equiflop.image_group import named_image_group
 from equiflop.models import EquivariantVisionTransformer
 from equiflop.models.entry_points import plain_settings
-from equiflop.models.twin import twin, twin_keywords
+from equiflop.models.twin import twin
 from oracles import relative_error, scramble
-
-#: The group of one element: every channel is of the trivial irrep, and an equivariant network is a plain one.
-TRIVIAL = ImageGroup(cyclic(1), np.eye(2, dtype=np.int64)[None], "trivial")
+from plain_weights import TRIVIAL, plain_weights
 
 #: Names of timm, each for something that the others lack, and how they are made small.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -47,7 +46,38 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "vit_intern300m_patch14_448": {"img_size": 56},  # any image size, no final norm
     "vit_base_patch16_radio_v3": {"img_size": 64},  # eight class-like tokens, no final norm
     "test_vit2": {"img_size": 48},  # any image size, register and class token
+    "vit_base_patch16_siglip_224": {"img_size": 64},  # pooling by attention
+    "vit_small_patch16_18x2_224": {"img_size": 48},  # attentions and MLPs in parallel
+    "vit_base_patch16_rpn_224": {"img_size": 48},  # norms behind attention and MLP
+    "vit_pwee_patch16_reg1_gap_256": {"img_size": 48},  # attention and MLP in parallel, norms of queries and keys
+    "vit_base_patch16_xp_224": {"img_size": 48},  # the same with projections of their own
+    "vit_dwee_patch16_reg1_gap_256": {"img_size": 48},  # differential attention
+    "vit_dpwee_patch16_reg1_gap_256": {"img_size": 48},
+    "vit_giant_patch14_dinov2": {"img_size": 42},  # packed SwiGLU
+    "beit3_base_patch16_224": {"img_size": 48},  # norms inside attention and MLP
+    "aimv2_large_patch14_224": {"img_size": 42},  # norm in the patch embedding, RMS norms, SwiGLU
+    "test_vit4": {"img_size": 48},
+    "deit_tiny_distilled_patch16_224": {"img_size": 48},
+    "eva_giant_patch14_224": {"img_size": 42},  # biases of queries and values alone
+    "eva02_base_patch14_224": {"img_size": 42},  # rotary embedding, norm inside SwiGLU
+    "eva02_small_patch14_224": {"img_size": 42},
+    "eva02_enormous_patch14_clip_224": {"img_size": 42},  # norms behind attention and MLP
+    "vit_small_patch16_dinov3": {"img_size": 48},  # any image size
+    "vit_7b_patch16_dinov3": {"img_size": 48},
+    "vit_base_patch16_rope_224": {"img_size": 48},
+    "vit_base_patch16_rope_mixed_ape_224": {"img_size": 48},  # learned frequencies of every head
+    "vit_pe_core_base_patch16_224": {"img_size": 48},
+    "vit_base_patch16_sapiens2": {"img_size": 48, "num_kv_heads": 2},
+    "beit_base_patch16_224": {"img_size": 48},  # relative position bias by a table
+    "vit_relpos_base_patch16_cls_224": {"img_size": 48},  # and by an MLP
+    "vit_relpos_medium_patch16_rpn_224": {"img_size": 48},
+    "vit_srelpos_small_patch16_224": {"img_size": 48},  # shared by all blocks
+    "naflexvit_base_patch16_gap": {"pos_embed_grid_size": (3, 3)},
+    "naflexvit_base_patch16_siglip": {"pos_embed_grid_size": (3, 3)},
+    "naflexvit_base_patch16_radio_v3": {"pos_embed_grid_size": (3, 3)},
 }
+#: timm's modules of vision transformers.
+MODULES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos", "naflexvit")
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 3.0}
 
 #: A twin of a network with weights, or of a tag, warns; what it says is tested by itself.
@@ -56,9 +86,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:the twin is untrained:equiflop.E
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def small(name: str, **options: Any) -> VisionTransformer:
+def image_size(plain: Any) -> tuple[int, int]:
+    """The size of a network's images; three patches by three where it takes any."""
+    if hasattr(plain, "patch_embed"):
+        return plain.patch_embed.img_size
+    height, width = plain.embeds.patch_size
+    return 3 * height, 3 * width
+
+
+def small(name: str, **options: Any) -> Any:
     """A network of timm at reduced size, in evaluation mode, all parameters of order one."""
-    plain = timm.create_model(name, **{**SMALL, **FAMILIES[name], **options})
+    options = {**SMALL, **FAMILIES[name], **options}
+    if isinstance(options.get("num_kv_heads"), int):
+        options["num_kv_heads"] = options["num_heads"]
+    plain = timm.create_model(name, **options)
     return scramble(plain.double()).eval()
 
 
@@ -67,34 +108,16 @@ def tiny(**options: Any) -> VisionTransformer:
     return scramble(VisionTransformer(**{"img_size": 32, "patch_size": 8, "num_classes": 7, **SMALL, **options})).eval()
 
 
-def plain_weights(plain: VisionTransformer, made: EquivariantVisionTransformer) -> dict[str, Tensor]:
-    """The state dict of a plain network under the names of its twin for the group of one element."""
-    state = {}
-    names = made.state_dict().keys()
-    for key, value in plain.state_dict().items():
-        if key == "pos_embed":
-            prefix = value.shape[1] - plain.patch_embed.num_patches
-            if prefix:
-                state["pos_embed.prefix"] = value[0, :prefix]
-            state["pos_embed.weight_A"] = value[0, prefix:]
-        elif key == "patch_embed.proj.weight":  # channels behind the pixels of a patch
-            state["patch_embed.proj.A.weight"] = value.permute(0, 2, 3, 1).flatten(1)
-        else:
-            layer, _, kind = key.rpartition(".")
-            state[key if key in names else f"{layer}.A.{kind}"] = value
-    return state
-
-
 def dtype_of(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def assert_same_network(plain: VisionTransformer, size: tuple[int, int] | None = None, **overrides: Any) -> None:
+def assert_same_network(plain: Any, **overrides: Any) -> None:
     """The twin for the group of one element, with the plain network's weights, computes what that computes."""
     plain = plain.double()
     made = twin(plain, TRIVIAL, **overrides)
     made.load_state_dict(plain_weights(plain, made), strict=True)
-    images = torch.randn(2, plain.in_chans, *(size or plain.patch_embed.img_size), dtype=torch.float64)
+    images = torch.randn(2, plain.in_chans, *image_size(plain), dtype=torch.float64)
     with torch.no_grad():
         assert relative_error(made(images), plain(images)) < 1e-10
         assert relative_error(made.forward_features(images), plain.forward_features(images)) < 1e-10
@@ -148,12 +171,33 @@ def test_the_designs_with_plain_blocks_are_the_same_network(name: str, design: s
         {"patch_size": 5, "img_size": 35},
         {"num_heads": 8},
         {"norm_layer": nn.LayerNorm},
+        {"norm_layer": "rmsnorm", "qk_norm": True},
+        {"qk_norm": True},
+        {"scale_attn_norm": True, "scale_mlp_norm": True},
+        {"embed_norm_layer": LayerNorm},
+        {"global_pool": "map", "class_token": False},
+        {"act_layer": nn.Softplus},
+        {"mlp_layer": timm.layers.SwiGLU, "scale_mlp_norm": True},
+        {"mlp_layer": timm.layers.SwiGLUPacked},
+        {"attn_layer": "diff"},
+        {"block_fn": timm.models.vision_transformer.ParallelThingsBlock},
+        {"block_fn": timm.models.vision_transformer.ParallelScalingBlock, "qkv_bias": True},
         {"depth": 1},
     ],
     ids=str,
 )
 def test_every_option_is_mirrored(options: dict[str, Any]) -> None:
     assert_same_network(tiny(**options))
+
+
+def test_fewer_heads_for_keys_and_values() -> None:
+    options: dict[str, Any] = {"num_kv_heads": (16, 8), "num_heads": 16, "embed_dim": 128}
+    assert_same_network(small("vit_base_patch16_sapiens2", **options))
+    made = twin(small("vit_base_patch16_sapiens2", **options), "octic")
+    assert equiflop.check(made).max_error < 1e-12
+    few = small("vit_base_patch16_sapiens2", num_kv_heads=(16, 4), num_heads=16, embed_dim=128)
+    with pytest.raises(ValueError, match=r"num_heads=4 of keys and values of blocks.1.attn is not divisible by \|G\|=8"):
+        twin(few, "octic")
 
 
 def test_any_image_size() -> None:
@@ -168,12 +212,12 @@ def test_any_image_size() -> None:
 @every_family
 @pytest.mark.parametrize("group", ["flop", "octic"])
 def test_twins_are_equivariant_and_cheaper(name: str, group: str) -> None:
-    plain = small(name, embed_dim=64)
+    plain = small(name, embed_dim=64, num_heads=4 if group == "flop" else 8, mlp_ratio=4.0)
     made = twin(plain, group)
     assert dtype_of(made) == torch.float64 and made.training == plain.training
-    report = equiflop.check(made)
+    size = image_size(plain)
+    report = equiflop.check(made, input_size=size)
     assert report.passed and report.max_error < 1e-12
-    size = plain.patch_embed.img_size
     images = torch.randn(2, plain.in_chans, *size, dtype=torch.float64)
     with torch.no_grad():
         assert made(images).shape[:1] == plain(images).shape[:1]
@@ -183,19 +227,45 @@ def test_twins_are_equivariant_and_cheaper(name: str, group: str) -> None:
     assert equiflop.macs(made, size) == expected_macs(plain, group)
 
 
-def expected_macs(plain: VisionTransformer, group: str) -> int:
-    """MACs of a twin by hand: attention costs the same, linear maps a share that the group fixes."""
-    head = plain.embed_dim * plain.num_classes
-    patches = plain.patch_embed.num_patches
-    tokens = patches + plain.num_prefix_tokens
-    attention = len(plain.blocks) * 2 * tokens**2 * plain.embed_dim
-    embedding = patches * plain.patch_embed.proj.weight.numel()
-    linear = equiflop.macs(plain, plain.patch_embed.img_size) - attention - head - embedding
-    side = plain.patch_embed.patch_size[0]
-    if group == "flop":
-        return (embedding + linear + head) // 2 + attention
-    assert side % 2 == 0
-    return 3 * (embedding + linear) // 16 + head // 8 + attention
+def expected_macs(plain: Any, group: str) -> int:
+    """MACs of a twin by hand: what is no linear map costs the same, linear maps a share that the group fixes.
+
+    Classifiers read the invariant channels alone. The small MLP of a relative position bias has a twin with fewer
+    outputs, one per head of one copy.
+    """
+    order = {"flop": 2, "octic": 8}[group]
+    share = {"flop": Fraction(1, 2), "octic": Fraction(3, 16)}[group]
+    size = image_size(plain)
+    total = Fraction(equiflop.macs(plain, size))
+    for path, cost in costs_of_linear_maps(plain, size).items():
+        if ".rel_pos." in path or "shared_rel_pos." in path:
+            total -= cost * (1 - Fraction(1, order)) if path.endswith("fc2") else 0
+        else:
+            total -= cost * (1 - (Fraction(1, order) if path.startswith("head") else share))
+    assert total.denominator == 1
+    return int(total)
+
+
+def costs_of_linear_maps(plain: Any, size: tuple[int, int]) -> dict[str, int]:
+    """MACs of every linear map for one image, by hooks."""
+    costs: dict[str, int] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            costs[path] = costs.get(path, 0) + output.numel() * module.weight[0].numel()
+
+        return hook
+
+    copied = copy.deepcopy(plain)
+    for path, module in copied.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_hook(note(path))
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True  # else the map is not called
+    with torch.no_grad():
+        weight = next(copied.parameters())
+        copied(torch.zeros(1, plain.in_chans, *size, dtype=weight.dtype, device=weight.device))
+    return costs
 
 
 def test_a_name_gives_the_twin_of_that_network() -> None:
@@ -234,29 +304,21 @@ def test_overrides_replace_what_was_read() -> None:
     assert {m.eps for m in hybrid.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
     instead = twin("vit_base_patch16_siglip_224", global_pool="avg", device="meta", depth=1)
     assert instead.attn_pool is None and isinstance(instead.norm, nn.Identity)
+    assert twin("eva02_small_patch14_224", "flop", depth=1, device="meta", norm_eps=1e-3).blocks[0].norm1.eps == 1e-3
     with pytest.raises(ValueError, match=r"override num_clases=5 is unknown; did you mean num_classes\?"):
         twin("vit_small_patch16_224", num_clases=5)
-    with pytest.raises(ValueError, match="override qk_norm=True is unknown; "):
-        twin("vit_small_patch16_224", qk_norm=True)
+    with pytest.raises(ValueError, match="override design='hybrid' is for twins of a VisionTransformer, not of a Eva"):
+        twin("eva02_small_patch14_224", design="hybrid")
+    with pytest.raises(ValueError, match="override depth=3 is for names of networks"):
+        twin(tiny(), depth=3)
     with pytest.raises(ValueError, match="pretrained=True: weights of a plain network have no equivariant image"):
         twin("vit_small_patch16_224", pretrained=True)
 
 
-def test_keywords_make_the_twin_again() -> None:
-    plain = tiny(init_values=0.1, act_layer="quick_gelu", drop_path_rate=0.1, drop_rate=0.2, patch_drop_rate=0.25)
-    made = twin(plain, "flop", num_classes=3)
-    again = EquivariantVisionTransformer(**twin_keywords(plain, "flop", num_classes=3))
-    again.load_state_dict(made.state_dict())
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(again.eval()(images), made.eval()(images))
-    args = get_model_args(made)
-    assert args["num_classes"] == 3 and args["group"] == "flop" and args["act_layer"] == "quick_gelu"
-    made.set_input_size(48)
-    made.reset_classifier(4, "avg")
-    rebuilt = EquivariantVisionTransformer(**get_model_args(made))
-    rebuilt.load_state_dict(made.state_dict())
-    images = torch.randn(2, 3, 48, 48)
-    assert torch.equal(rebuilt.eval()(images), made.eval()(images))
+def test_the_twin_of_a_network_takes_over_what_was_replaced() -> None:
+    made = twin(tiny(), "flop", num_classes=3, img_size=48, global_pool="avg", invariants="norm")
+    assert made(torch.randn(2, 3, 48, 48)).shape == (2, 3) and made.global_pool == "avg"
+    assert made.head.in_features == 32
 
 
 def test_what_acts_in_training_is_mirrored() -> None:
@@ -285,17 +347,22 @@ def test_what_acts_in_training_is_mirrored() -> None:
 def test_functions_of_timm(name: str) -> None:
     plain = small(name)
     made = twin(plain, "flop")
-    side = plain.patch_embed.patch_size[0]
-    images = torch.randn(1, 3, *plain.patch_embed.img_size, dtype=torch.float64)
+    height, width = image_size(plain)
+    images = torch.randn(1, 3, height, width, dtype=torch.float64)
     assert len(made.forward_intermediates(images, intermediates_only=True)) == 2
-    made.reset_classifier(4, global_pool="avg")
+    made.reset_classifier(4, global_pool="token" if "distilled" in name else "avg")
     assert made(images).shape == (1, 4)
-    no_decay = {key.split(".")[0] for key in made.no_weight_decay()}
-    names = {key.split(".")[0] for key, _ in plain.named_parameters()}
-    assert no_decay == names & {"cls_token", "pos_embed", "reg_token"}
-    made.set_input_size((2 * side, 3 * side))
-    assert made(torch.randn(1, 3, 2 * side, 3 * side, dtype=torch.float64)).shape == (1, 4)
-    assert equiflop.check(made).max_error < 1e-12
+    own_parts = re.compile(r"\.(weight_\w+|prefix)$|(?<=rope\.)rope\.")
+    undecayed = {own_parts.sub("", key) for key in made.no_weight_decay()}
+    names = {key for key, _ in plain.named_parameters()}
+    assert undecayed == names & set(plain.no_weight_decay())
+    assert made.no_weight_decay() <= {key for key, _ in made.named_parameters()}
+    side = made.embedding.patch_size[0]
+    wide = (2 if "naflexvit_base_patch16_radio" in name else 3) * side  # that one takes square images alone
+    made.set_input_size((2 * side, wide))
+    images = torch.randn(1, 3, 2 * side, wide, dtype=torch.float64)
+    assert made(images).shape == (1, 4)
+    assert equiflop.check(made, input_size=images.shape[-2:]).max_error < 1e-12
 
 
 def test_networks_that_timm_changed_are_read_as_they_are() -> None:
@@ -318,27 +385,28 @@ def test_dtype_follows_the_network(dtype: torch.dtype) -> None:
 
 def test_compiled_networks_are_read_like_others() -> None:
     plain = tiny()
-    assert twin_keywords(torch.compile(plain)) == twin_keywords(plain)
+    assert repr(twin(torch.compile(plain))) == repr(twin(plain))
+
+
+def test_the_network_itself_is_left_as_it_is() -> None:
+    plain = small("eva02_base_patch14_224")
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    text = repr(plain)
+    twin(plain)
+    assert repr(plain) == text and all(torch.equal(before[key], value) for key, value in plain.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("resnet18", "class is ResNet; supported is timm's VisionTransformer"),
-        ("deit_tiny_distilled_patch16_224", "class is VisionTransformerDistilled"),
-        ("eva02_tiny_patch14_224", "class is Eva"),
-        ("vit_tiny_r_s16_p8_224", "patch embedding of class HybridEmbed"),
-        ("vitamin_small_224", "patch embedding of class HybridEmbed"),
-        ("vit_base_patch16_siglip_224", "global_pool='map' breaks the symmetry"),
-        ("vit_small_patch16_18x2_224", "blocks of class ParallelThingsBlock"),
-        ("vit_base_patch16_rpn_224", "blocks of class ResPostBlock"),
-        ("vit_pwee_patch16_reg1_gap_256", "blocks of class ParallelScalingBlock"),
-        ("vit_dwee_patch16_reg1_gap_256", "attention of class DiffAttention"),
-        ("vit_giant_patch14_dinov2", "MLP of class GluMlp"),
-        ("beit3_base_patch16_224", "scale_attn_norm.*scale_mlp_norm"),
-        ("test_vit4", "norms of class RmsNorm"),
-        ("aimv2_large_patch14_224", "embed_norm_layer.*RmsNorm.*SwiGLU"),
+        ("resnet18", "its class is ResNet; supported are timm's VisionTransformer, VisionTransformerDistilled, Eva"),
+        ("samvit_base_patch16", "its class is VisionTransformerSAM"),
+        ("vit_tiny_r_s16_p8_224", "patch_embed is a HybridEmbed"),
+        ("vitamin_small_224", "patch_embed is a HybridEmbed"),
+        ("eva02_tiny_patch14_224", r"num_heads=3 of blocks.0.attn is not divisible by \|G\|=2"),
+        ("vit_dlittle_patch16_reg1_gap_256", r"num_heads=5 of blocks.0.attn .* use a multiple of 2 heads"),
         ("vit_so400m_patch14_siglip_gap_384", "image height 384 is not a multiple of the patch height 14"),
+        ("naflexvit_base_patch16_parfac_gap", "pos_embed='factorized' has no equivariant counterpart"),
         ("flop_deit3_small_patch16_224", "equivariant network already"),
     ],
 )
@@ -357,7 +425,7 @@ def test_unknown_models() -> None:
         twin("vit_base_patch16_224.nope")
     with pytest.raises(TypeError, match="model=3 is neither a name"):
         twin(3)
-    with pytest.raises(ValueError, match="class is Linear"):
+    with pytest.raises(ValueError, match="class is Linear; supported are"):
         twin(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="group='flap' is unknown"):
         twin("vit_small_patch16_224", "flap")
@@ -368,12 +436,13 @@ def test_unknown_models() -> None:
     [
         ({"embed_dim": 36}, "octic", r"embed_dim=36 is not divisible by \|G\|=8"),
         ({"embed_dim": 48, "num_heads": 4}, "octic", "num_heads=4 does not divide every multiplicity"),
-        ({"mlp_ratio": 2.6}, "octic", r"int\(32 \* mlp_ratio\)=83 is not divisible by \|G\|=8"),
+        ({"mlp_ratio": 2.6}, "octic", r"width of blocks.0.mlp.fc1=83 is not divisible by \|G\|=8"),
         ({"img_size": (32, 48)}, "octic", "img_size=.* is not square"),
-        ({"qk_norm": True}, "flop", r"norm of queries and keys \(qk_norm\)"),
-        ({"norm_layer": "rmsnorm"}, "flop", "norms of class RmsNorm"),
-        ({"embed_norm_layer": LayerNorm}, "flop", "embed_norm_layer"),
-        ({"act_layer": nn.Softplus}, "flop", "activation of class Softplus"),
+        ({"qk_norm": True}, "octic", r"num_heads=2 of blocks.0.attn is not divisible by \|G\|=8"),
+        ({"norm_layer": "layernorm2d"}, "flop", "blocks.0.norm1 is a LayerNorm2d"),
+        ({"act_layer": nn.PReLU}, "flop", r"blocks.0.mlp.act \(PReLU\) has parameters"),
+        ({"act_layer": partial(nn.Softmax, dim=-1)}, "flop", r"blocks.0.mlp.act \(Softmax\) is not pointwise"),
+        ({"mlp_layer": timm.layers.GatedMlp}, "flop", "blocks.0.mlp is a GatedMlp, which has no"),
         ({"global_pool": "max"}, "flop", "global_pool='max' breaks the symmetry"),
         ({"global_pool": "avgmax"}, "flop", "global_pool='avgmax' breaks the symmetry"),
         ({"global_pool": "prr"}, "flop", "global_pool='prr' breaks the symmetry"),
@@ -481,28 +550,18 @@ def _position_embedding_as_buffer(plain: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_share_blocks, "module blocks.1 .* shared with another place"),
-        (_tie_weights, "parameter blocks.1.attn.proj.weight is absent"),
+        (_share_blocks, "module blocks.1 is shared with module blocks.0"),
+        (_tie_weights, "parameter blocks.1.attn.proj.weight is shared with blocks.0.attn.proj.weight"),
         (_patch_method, "module blocks.0 has its own method 'forward'"),
         (_hook, "module blocks.1.mlp has forward hooks"),
-        (_weight_norm, "module blocks.0.attn.qkv"),
-        (_other_eps, "module blocks.1.norm2 has eps=0.001 where 1e-06"),
-        (_norm_without_affine, "module norm has elementwise_affine=False"),
-        (_other_scale, "module blocks.1.attn has scale=1.0"),
-        (_other_dropout, "module blocks.1.mlp.drop2 has p=0.5"),
-        (_scale_in_one_block, "module blocks.1.ls2 is LayerScale"),
-        (_other_activation, "module blocks.1.mlp.act is ReLU"),
+        (_weight_norm, "blocks.0.attn.qkv is a ParametrizedLinear where Linear is supported"),
         (_other_head, "module head is Sequential"),
-        (_head_without_bias, "parameter head.bias is absent"),
-        (_mlp_without_bias, "parameter blocks.0.mlp.fc2.bias is absent"),
-        (_patches_without_bias, "parameter patch_embed.proj.bias is absent"),
-        (_overlapping_patches, r"module patch_embed.proj has stride=\(4, 4\)"),
-        (_more_modules, "module blocks.0.adapter"),
-        (_more_parameters, "parameter mask_token"),
-        (_missing_block_part, "module blocks.1.norm1 is Identity"),
-        (_other_position_embedding, "parameter pos_embed"),
+        (_overlapping_patches, r"patch_embed.proj has stride=\(4, 4\) where \(8, 8\) is supported"),
+        (_more_modules, "blocks.0.adapter is a Linear, which has no equivariant counterpart"),
+        (_more_parameters, "parameter mask_token has no equivariant counterpart"),
+        (_other_position_embedding, "parameter pos_embed is .1, 9, 32., which does not fit the tokens"),
         (_fixed_position_embedding, "fixed position embedding"),
-        (_position_embedding_as_buffer, "parameter pos_embed is absent"),
+        (_position_embedding_as_buffer, "buffer pos_embed has no equivariant counterpart"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -515,13 +574,37 @@ def test_networks_changed_by_hand_are_refused(change: Callable[[Any], None], rea
         twin(plain, device="meta")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        _other_eps,
+        _norm_without_affine,
+        _other_scale,
+        _other_dropout,
+        _scale_in_one_block,
+        _other_activation,
+        _head_without_bias,
+        _mlp_without_bias,
+        _patches_without_bias,
+        _missing_block_part,
+    ],
+)
+def test_networks_changed_by_hand_have_the_twin_of_what_they_are(change: Callable[[Any], None]) -> None:
+    plain = copy.deepcopy(tiny())
+    change(plain)
+    assert_same_network(scramble(plain))
+    made = twin(plain)
+    assert made.blocks[1].mlp.drop2.p == plain.blocks[1].mlp.drop2.p
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["flop", "octic"])
 def test_all_names_of_timm(group: str) -> None:
     """Every name is built or refused, and what is built costs what it should; two blocks stand for all."""
     built = []
     refusals = {}
-    for name in timm.list_models(module="vision_transformer"):
+    names = [name for module in MODULES for name in timm.list_models(module=module)]
+    for name in names:
         try:
             made = twin(name, group, depth=2, device="meta")
         except ValueError as error:
@@ -530,13 +613,15 @@ def test_all_names_of_timm(group: str) -> None:
         built.append(name)
         with torch.device("meta"):
             plain = timm.create_model(name, depth=2)
-        size = plain.patch_embed.img_size
+        size = image_size(plain)
         cost, plain_cost = equiflop.macs(made, size), equiflop.macs(plain, size)
         assert cost == expected_macs(plain, group) and cost < plain_cost, name
         made_parameters, plain_parameters = (sum(p.numel() for p in model.parameters()) for model in (made, plain))
         assert 0.95 < plain_parameters / made_parameters / made.group.order < 1.05, name
     assert all(text.startswith(f"{name} has no twin: ") and "\n" not in text for name, text in refusals.items())
-    assert len(built) >= 114
+    share = {"flop": 0.95, "octic": 0.9}[group]
+    fitting = [name for name in names if "num_heads=" not in refusals.get(name, "") or group == "flop"]
+    assert len(built) >= share * len(fitting)
 
 
 def test_weights_that_are_left_behind_are_named() -> None:
@@ -573,4 +658,4 @@ def test_names_of_other_families_give_the_registered_networks(plain: str, own: s
 
 def test_a_refusal_recommends_only_what_the_network_has() -> None:
     with pytest.raises(ValueError, match=r"use 'avg'$"):  # no class token
-        twin("vit_base_patch16_siglip_224", device="meta")
+        twin("vit_base_patch16_siglip_224", global_pool="max", device="meta")

@@ -9,7 +9,7 @@ from equiflop.models.isotropic_convnext import IsotropicConvNeXt
 from equiflop.models.point_transformer import PlainPointTransformer, PointTransformer
 from equiflop.models.segmentation import Segmenter
 from equiflop.models.signal_network import SignalNetwork
-from equiflop.models.twin import twin, twin_keywords
+from equiflop.models.twin import twin
 
 __all__ = [
     "EquivariantConvNeXt",
@@ -26,5 +26,4 @@ __all__ = [
     "equivariant_models",
     "plain_twin",
     "twin",
-    "twin_keywords",
 ]

@@ -31,10 +31,8 @@ def init_linears(module: nn.Module, skip: Collection[str] = (), std: float = 0.0
 
 
 def reset_all(module: nn.Module) -> None:
-    """Every layer by its own ``reset_parameters``; a layer that has one answers for what is inside it."""
-    for child in module.children():
-        reset = getattr(child, "reset_parameters", None)
+    """Every layer by its own ``reset_parameters``, the parts of a layer before the layer."""
+    for part in reversed(list(module.modules())[1:]):
+        reset = getattr(part, "reset_parameters", None)
         if callable(reset):
             reset()
-        else:
-            reset_all(child)

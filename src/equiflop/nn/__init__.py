@@ -15,11 +15,13 @@ from equiflop.nn.grid import GridTransform
 from equiflop.nn.invariants import Invariants
 from equiflop.nn.linear import AlgebraLinear, Linear
 from equiflop.nn.mlp import Mlp
-from equiflop.nn.norm import Affine, LayerNorm, LayerScale
+from equiflop.nn.norm import Affine, LayerNorm, LayerScale, RmsNorm, TiedNorm
 from equiflop.nn.patch_embed import PatchEmbed
 from equiflop.nn.permutation import GraphInvariants, GraphLinear, SetLinear
 from equiflop.nn.point_embed import PointEmbed
 from equiflop.nn.pos_embed import PositionEmbedding, act_on_channels
+from equiflop.nn.position import PositionBias, RotaryPositions
+from equiflop.nn.several import LinearFromSeveral, LinearToSeveral
 from equiflop.nn.spatial import ToSpatial
 from equiflop.nn.token_mixing import TokenMixing
 
@@ -41,11 +43,17 @@ __all__ = [
     "LayerNorm",
     "LayerScale",
     "Linear",
+    "LinearFromSeveral",
+    "LinearToSeveral",
     "Mlp",
     "PatchEmbed",
     "PointEmbed",
+    "PositionBias",
     "PositionEmbedding",
+    "RmsNorm",
+    "RotaryPositions",
     "SetLinear",
+    "TiedNorm",
     "ToSpatial",
     "TokenMixing",
     "act_on_channels",

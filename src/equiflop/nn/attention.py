@@ -70,12 +70,21 @@ class Attention(PlainAttention):
         self.proj = Linear(rep, rep, bias=proj_bias, in_order=order, **shared)
         self.proj_drop = Dropout(rep, proj_drop)
 
+    @classmethod
+    def of(cls, plain: PlainAttention, rep: Rep, heads: Heads) -> Attention:
+        """timm's module itself as this one, its linear maps and the dropout behind them being equivariant already."""
+        plain.__class__ = cls
+        plain.rep, plain.heads = rep, heads
+        return plain  # type: ignore[return-value]
+
     def parts(self, attn_mask: Tensor | None = None, is_causal: bool = False) -> AttentionParts | None:
         """What a kernel needs, or None where the modules have to be called."""
         identities = (self.q_norm, self.k_norm, self.norm)
         if not is_bare(self, Attention) or not all(is_bare(module, nn.Identity) for module in identities):
             return None
         if not is_bare(self.attn_drop, nn.Dropout) or not is_bare(self.proj_drop, Dropout):
+            return None
+        if self.scale != self.head_dim**-0.5:
             return None
         if self.gate is not None or (self.training and (self.attn_drop.p or self.proj_drop.p)):
             return None

@@ -165,6 +165,16 @@ class Linear(FixedTensors):
         if self.bias is not None:
             self.bias.zero_()
 
+    @property
+    def in_features(self) -> int:
+        """Length of the input axis."""
+        return self.in_rep.dim
+
+    @property
+    def out_features(self) -> int:
+        """Length of the output axis, all sections."""
+        return self.out_order.sections * self.out_rep.dim
+
     def gain(self, irrep: Irrep) -> float:
         """Factor of an irrep's weights against those of the map between orthonormal bases."""
         return self._gains[irrep.name]

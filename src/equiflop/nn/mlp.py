@@ -58,6 +58,13 @@ class Mlp(PlainMlp):
         self.fc2 = Linear(hidden_rep, rep, bias=bias, in_order="group", **dd)
         self.drop2 = Dropout(rep, drop)
 
+    @classmethod
+    def of(cls, plain: PlainMlp, rep: Rep) -> Mlp:
+        """timm's module itself as this one, its linear maps and dropouts being equivariant already."""
+        plain.__class__ = cls
+        plain.rep, plain._hidden, plain._pointwise = rep, layout_of(plain.fc1.out_rep), type(plain.act)
+        return plain  # type: ignore[return-value]
+
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""
         return self._parts_of(Mlp)

@@ -1,8 +1,9 @@
-"""Equivariant layer norm, affine "norm" and layer scale."""
+"""Equivariant norms, affine "norm" and layer scale."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -88,6 +89,106 @@ def _layer_norm(x: Tensor, module: LayerNorm) -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(_layer_norm, (x,), x, module)
     return kernels.layer_norm(x, module._layout, module.parts())
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm of a feature with a Rep: one factor per vector, so that it commutes with the group.
+
+    Args:
+        rep: type of the feature axis.
+        eps: added to the mean of the squares.
+        affine: whether there is a ``weight``, one per (irrep, multiplicity).
+
+    Raises:
+        ValueError: if the Rep is empty.
+
+    Shape: ``(..., rep.dim)`` to the same.
+    """
+
+    def __init__(
+        self,
+        rep: Rep,
+        eps: float = 1e-6,
+        *,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if rep.dim == 0:
+            raise ValueError(f"rep={rep!r} is empty; RmsNorm needs at least one channel")
+        self.rep = rep
+        self.eps = eps
+        self._layout = layout_of(rep)
+        channels = sum(rep.multiplicities)
+        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if affine else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scale 1."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_axis(x, self.rep.dim, self._layout.text)
+        scale = None if self.weight is None else per_channel(self.weight, self._layout)
+        return F.rms_norm(x, (self.rep.dim,), scale, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.rep}, eps={self.eps}"
+
+
+class TiedNorm(nn.Module):
+    """A plain norm over an axis in the group's basis whose parameters are the same for all ``|G|`` copies.
+
+    The group permutes the copies, and neither mean nor variance over all of them changes.
+
+    Args:
+        channels: length of the axis.
+        order: elements of the group.
+        eps: added to the variance, or to the mean of the squares.
+        centred: layer norm; else root-mean-square norm.
+        affine: whether there is a ``weight``.
+        bias: whether there is a ``bias``.
+
+    Shape: ``(..., channels)`` to the same.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        order: int,
+        eps: float,
+        *,
+        centred: bool = True,
+        affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels, self.order, self.eps, self.centred = channels, order, eps, centred
+        shape = (channels // order,)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if affine else None
+        self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if affine and bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scale 1, bias 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.repeat(self.order) for p in (self.weight, self.bias))
+        if self.centred:
+            return F.layer_norm(x, (self.channels,), weight, bias, self.eps)
+        return F.rms_norm(x, (self.channels,), weight, self.eps)
+
+    def extra_repr(self) -> str:
+        kind = "layer norm" if self.centred else "root-mean-square norm"
+        return f"{kind}, {self.order} x {self.channels // self.order} channels, eps={self.eps}"
 
 
 class Affine(nn.Module):

@@ -16,6 +16,7 @@ from equiflop.nn.checks import check_divisible, check_images
 from equiflop.nn.fit import warn_of_fit
 from equiflop.nn.grid import GridTransform
 from equiflop.nn.linear import Linear
+from equiflop.nn.norm import LayerNorm, RmsNorm
 from equiflop.warnings import EquiflopWarning
 
 
@@ -23,7 +24,8 @@ class PatchEmbed(nn.Module):
     """Image to patch tokens: the pixels of a patch are taken apart into irreps, then mapped by an equivariant map.
 
     That costs the block-diagonal share of the MACs (half for the mirror group), where a convolution with tied kernels
-    would cost all of them. Has the attributes and methods of timm's ``PatchEmbed``.
+    would cost all of them. Has the attributes and methods of timm's ``PatchEmbed``; ``norm``, behind the map, is none
+    unless one is put there.
 
     Args:
         rep: type of the output channels.
@@ -87,6 +89,7 @@ class PatchEmbed(nn.Module):
                 stacklevel=2,
             )
         self.proj = Linear(in_chans * pixels, rep, bias=bias, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,6 +106,8 @@ class PatchEmbed(nn.Module):
         if self.proj.bias is not None:
             bound = 1.0 / math.sqrt(self.in_chans * math.prod(self.patch_size))
             nn.init.uniform_(self.proj.bias, -bound, bound)
+        if isinstance(self.norm, LayerNorm | RmsNorm):
+            self.norm.reset_parameters()
 
     def fit_weights(self, state: dict[str, Any], prefix: str) -> str | None:
         """Adapt the weights for another number of image channels within a state dict, in place, as timm does.
@@ -181,5 +186,5 @@ class PatchEmbed(nn.Module):
         p_height, p_width = self.patch_size
         patches = x.unflatten(-1, (-1, p_width)).unflatten(-3, (-1, p_height))  # B, C, rows, p, columns, p
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3, 4)  # B, rows, columns, pixels, C
-        tokens = self.proj(self.transform(patches).flatten(-2))
+        tokens = self.norm(self.proj(self.transform(patches).flatten(-2)))
         return tokens if self.output_fmt == Format.NHWC else tokens.flatten(1, 2)

@@ -50,6 +50,8 @@ class PositionEmbedding(FixedTensors):
         self.rep = rep
         self._layout = layout_of(rep)
         self.group = group
+        #: How the field is resampled: keywords of ``torch.nn.functional.interpolate``.
+        self.resampling: dict[str, Any] = {"mode": "bicubic", "antialias": True, "align_corners": False}
         if group.swaps_axes and grid_size[0] != grid_size[1]:
             side = round((grid_size[0] * grid_size[1]) ** 0.5)
             grid_size = (side, side)
@@ -138,6 +140,7 @@ class PositionEmbedding(FixedTensors):
             device=weight.device,
             dtype=weight.dtype,
         )
+        new.resampling = self.resampling
         with torch.no_grad():
             new.set_field(self._resampled(self._field(), new.grid_size))
             if new.prefix is not None and self.prefix is not None:
@@ -220,9 +223,12 @@ class PositionEmbedding(FixedTensors):
         return torch.cat(parts, dim=1)
 
     def _resampled(self, field: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """Bicubic resampling in the parameters' own precision, then projection onto equivariant fields."""
+        """Resampling in the parameters' own precision, then projection onto equivariant fields."""
         wide = field.float() if field.dtype in (torch.float16, torch.bfloat16) else field
-        rows, columns = (_resampling_matrix(old, new, wide) for old, new in zip(self.grid_size, grid_size, strict=True))
+        rows, columns = (
+            _resampling_matrix(old, new, wide, self.resampling)
+            for old, new in zip(self.grid_size, grid_size, strict=True)
+        )
         image = (rows[:, :, None, None] * wide.unflatten(0, self.grid_size)).sum(1)  # new rows, old columns, C
         image = (columns[:, :, None] * image[:, None]).sum(2).permute(2, 0, 1)
         # A symbolic size may be anything: then only what mirrors is averaged. What swaps the axes loses nothing but
@@ -269,11 +275,11 @@ def _act(layout: Layout, matrices: Sequence[list[list[float]]], x: Tensor) -> Te
     return torch.cat(parts, dim=-1)
 
 
-def _resampling_matrix(old: int, new: int, like: Tensor) -> Tensor:
-    """Bicubic resampling with antialiasing along one axis as a matrix, shape ``(new, old)``.
+def _resampling_matrix(old: int, new: int, like: Tensor, resampling: dict[str, Any]) -> Tensor:
+    """Resampling along one axis as a matrix, shape ``(new, old)``; by default bicubic with antialiasing.
 
     The resampling is linear and separable. Its weights need no gradient, so torch's resampling is never differentiated,
     which compilers cannot do for sizes that vary.
     """
     identity = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
-    return F.interpolate(identity, size=(new, old), mode="bicubic", antialias=True)[0, 0]
+    return F.interpolate(identity, size=(new, old), **resampling)[0, 0]

@@ -1,0 +1,210 @@
+"""The classes of twins: timm's networks with equivariant parts, where a class has to know what timm's does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch import Tensor, nn
+
+from equiflop.models.classifier import replace_classifier
+from equiflop.models.equivariant_transformer import EquivariantTransformer
+from equiflop.models.equivariant_vit import EquivariantVisionTransformer
+from equiflop.models.substitution import Substitution
+from equiflop.models.tied import invariant_channels, made_by, tied
+from equiflop.nn import PatchEmbed
+
+
+class EquivariantVisionTransformerDistilled(EquivariantTransformer, VisionTransformerDistilled):
+    """E(DeiT) with a distillation token."""
+
+    own_parts = ("head", "head_dist", "head_drop")
+
+    def _replace_head(self, invariants: Any, dd: dict[str, Any]) -> None:
+        super()._replace_head(invariants, dd)
+        self.head_dist = self._classifier(self.head_dist, "head_dist", dd)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace both heads; see timm.
+
+        Raises:
+            ValueError: if the pooling is not that of the class and distillation tokens.
+        """
+        if global_pool not in (None, "", "token"):
+            raise ValueError(f"global_pool={global_pool!r} is not supported by a distilled network; use 'token'")
+        replace_classifier(self, num_classes)
+        head = self.head
+        replace_classifier(self, num_classes)
+        self.head, self.head_dist = head, self.head
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """The mean of what both tokens say; in training with ``distilled_training`` both."""
+        tokens = [self._invariants(x[:, i], pre_logits) for i in (0, 1)]
+        if not pre_logits:
+            tokens = [self.head(tokens[0]), self.head_dist(tokens[1])]
+            if self.distilled_training and self.training:
+                return tokens[0], tokens[1]
+        return (tokens[0] + tokens[1]) / 2
+
+
+class EquivariantEva(EquivariantTransformer, Eva):
+    """E(X) of EVA, EVA-02, DINOv3 and their like."""
+
+    fix_init = True
+    fc_norm_keyword = "use_fc_norm"
+
+    def substitute(self, parts: Substitution) -> None:
+        if self.rope is not None:
+            heads = self.blocks[0].attn.num_heads
+            grid = self.patch_embed.grid_size
+            for i, block in enumerate(self.blocks):
+                parts.choose_heads(block.attn.num_heads, f"blocks.{i}.attn", per_head=True)
+            self.rope = parts.rotary(self.rope, "rope", heads, grid)
+        super().substitute(parts)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        super().init_weights(mode, needs_reset)
+        scale_head(self)
+
+    def _set_grid(self, grid: tuple[int, int]) -> None:
+        if self.rope is not None:
+            self.rope.update_feat_shape(grid)
+
+    def _pos_embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else self.patch_embed.grid_size
+        x = self.pos_drop(self._tokens(x))
+        if self.rope is None:
+            rope = None
+        else:
+            rope = self.rope.get_embed(grid if self.rope.grid_size is None else None)
+        if self.patch_drop is not None:
+            x, keep = self.patch_drop(x)
+            if rope is not None and keep is not None:
+                rope = apply_keep_indices_nlc(x, rope, keep)  # (B, [depth,] heads, N, D)
+                rope = rope.transpose(0, 1) if self.rope_mixed else rope
+        return x, rope
+
+
+class EquivariantBeit(EquivariantTransformer, Beit):
+    """E(X) of BEiT."""
+
+    fix_init = True
+    fc_norm_keyword = "use_fc_norm"
+    no_embed_class = False
+    cls_token = tied("cls_token", invariant_channels)
+    pos_embed = tied("pos_embed", made_by)
+    own_parts = ("head", "head_drop", "rel_pos_bias")
+
+    def substitute(self, parts: Substitution) -> None:
+        if self.rel_pos_bias is not None:
+            self.rel_pos_bias = parts.position_bias(self.rel_pos_bias, "rel_pos_bias", 1)
+            parts.choose_heads(self.blocks[0].attn.num_heads, "blocks.0.attn", per_head=True)
+        super().substitute(parts)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        super().init_weights(mode, needs_reset)
+        scale_head(self)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """See :func:`pool_tokens`."""
+        return pool_tokens(self, x)
+
+    def _set_grid(self, grid: tuple[int, int]) -> None:
+        if self.rel_pos_bias is not None:
+            self.rel_pos_bias.set_window_size(grid)
+        for block in self.blocks:
+            block.attn.set_window_size(grid)
+
+
+class EquivariantVisionTransformerRelPos(EquivariantTransformer, VisionTransformerRelPos):
+    """E(ViT) with relative position biases."""
+
+    cls_token = tied("cls_token", invariant_channels)
+    own_parts = ("head", "head_drop", "shared_rel_pos")
+
+    def substitute(self, parts: Substitution) -> None:
+        if self.shared_rel_pos is not None:
+            prefix = self.num_prefix_tokens
+            self.shared_rel_pos = parts.position_bias(self.shared_rel_pos, "shared_rel_pos", prefix)
+        super().substitute(parts)
+
+    def _set_grid(self, grid: tuple[int, int]) -> None:
+        for bias in (self.shared_rel_pos, *(block.attn.rel_pos for block in self.blocks)):
+            if bias is not None:
+                bias.set_window_size(grid)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """See :func:`pool_tokens`."""
+        return pool_tokens(self, x)
+
+
+class EquivariantNaFlexVit(EquivariantTransformer, NaFlexVit):
+    """E(X) of a NaFlexVit for images; sequences of patches of several images are refused."""
+
+    own_parts = ("head", "head_drop", "rope", "embeds")
+
+    def _check_own(self) -> None:
+        super()._check_own()
+        if self.rope is not None and self.patch_drop is not None:
+            raise ValueError("rotary position embedding with dropped patches (patch_drop_rate) is not supported")
+
+    def substitute(self, parts: Substitution) -> None:
+        self.embeds = parts.naflex_embeds(self.embeds, "embeds", self.embeds.in_chans)
+        if self.rope is not None:
+            for i, block in enumerate(self.blocks):
+                parts.choose_heads(block.attn.num_heads, f"blocks.{i}.attn", per_head=True)
+            self.rope = parts.rotary(self.rope, "rope", self.blocks[0].attn.num_heads, None)
+        super().substitute(parts)
+
+    @property
+    def embedding(self) -> PatchEmbed:
+        """The patch embedding."""
+        return self.embeds.proj
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Images of any size are taken; this sees that the size is a whole number of patches.
+
+        Raises:
+            ValueError: if it is not, or the patch size differs.
+        """
+        self.embeds.proj.set_input_size(img_size, patch_size)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """See timm."""
+        return self._pool(x)
+
+
+def pool_tokens(network: Any, x: Tensor) -> Tensor:
+    """The mean of the patches, the class token, or all tokens, where timm's class has no method for it."""
+    if not network.global_pool:
+        return x
+    return x[:, network.num_prefix_tokens :].mean(dim=1) if network.global_pool == "avg" else x[:, 0]
+
+
+@torch.no_grad()
+def scale_head(network: Any) -> None:
+    """EVA and BEiT start with a small classifier."""
+    if network.head_init_scale and isinstance(network.head, nn.Linear):
+        network.head.weight.mul_(network.head_init_scale)
+        if network.head.bias is not None:
+            network.head.bias.mul_(network.head_init_scale)
+
+
+#: The class of the twin for every class of timm that has one.
+TWIN_CLASSES: dict[type[nn.Module], type[EquivariantTransformer]] = {
+    VisionTransformer: EquivariantVisionTransformer,
+    VisionTransformerDistilled: EquivariantVisionTransformerDistilled,
+    Eva: EquivariantEva,
+    Beit: EquivariantBeit,
+    VisionTransformerRelPos: EquivariantVisionTransformerRelPos,
+    NaFlexVit: EquivariantNaFlexVit,
+}
