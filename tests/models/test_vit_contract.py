@@ -450,10 +450,13 @@ def test_patch_dropout() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "max": ({"global_pool": "max"}, r"global_pool='max' breaks the symmetry.*'token' or 'avg'"),
+    "max": ({"global_pool": "max"}, r"global_pool='max' breaks the symmetry.*'token', 'avg' or 'map'"),
     "avgmax": ({"global_pool": "avgmax"}, r"global_pool='avgmax' breaks the symmetry"),
-    "map": ({"global_pool": "map"}, r"global_pool='map' breaks the symmetry"),
-    "pooling": ({"global_pool": "mean"}, r"global_pool='mean' is unknown; use 'token', 'avg'"),
+    "prr": ({"global_pool": "prr"}, r"global_pool='prr' breaks the symmetry"),
+    "pooling": (
+        {"global_pool": "mean"},
+        r"global_pool='mean' is unknown or not supported here; use 'token', 'avg' or 'map'",
+    ),
     "token": ({"class_token": False}, r"global_pool='token' needs class_token=True"),
     "width": ({"embed_dim": 770, "group": "octic"}, r"embed_dim=770 is not divisible by \|G\|=8 \(group D4\)"),
     "multiplicities of another width": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,10 @@ from equiflop.nn.invariants import InvariantKind, all_magnitudes
 from equiflop.nn.norm import Weighting
 from equiflop.timm_compat import update_model_args, update_model_input_size
 
+#: ``equivariant``: every block; ``hybrid``: the first blocks, then plain ones on the same channels; ``invariant``: the
+#: first blocks, then plain ones on invariants.
+Design = Literal["equivariant", "hybrid", "invariant"]
+
 #: Parameters of a network itself that are tokens of invariant channels, in the order in which they stand.
 TOKENS = ("cls_token", "dist_token", "reg_token")
 
@@ -33,6 +37,7 @@ class EquivariantTransformer(nn.Module):
     Attributes:
         group: the group that acts on the image.
         rep: type of the features between blocks.
+        design: see :data:`Design`.
         token_std: standard deviation with which class token and position embedding start.
         invariants: what the classifier sees.
         feature_invariants: what the network returns without a classifier.
@@ -40,6 +45,7 @@ class EquivariantTransformer(nn.Module):
 
     group: ImageGroup
     rep: Rep
+    design: Design = "equivariant"
     token_std: float = 0.02
     invariant_output = True
     fit_checkpoint = staticmethod(fit_checkpoint)
@@ -85,7 +91,7 @@ class EquivariantTransformer(nn.Module):
 
     def _check_own(self) -> None:
         """See that the network itself holds nothing that has no counterpart."""
-        self.check_pooling(self.global_pool, self._has_token())
+        check_pooling(self.global_pool, self._has_token(), self.design)
         if not len(self.blocks):
             raise ValueError("it has no blocks")
         known = (*TOKENS, "pos_embed")
@@ -199,7 +205,7 @@ class EquivariantTransformer(nn.Module):
             ValueError: if the pooling would break the symmetry or needs a class token that is not there.
         """
         if global_pool is not None:
-            self.check_pooling(global_pool, self._has_token())
+            check_pooling(global_pool, self._has_token(), self.design)
             if global_pool == "map" and self._modules.get("attn_pool") is None:
                 raise ValueError("global_pool='map' cannot be added to a network; build it with global_pool='map'")
             if global_pool != "map" and self._modules.get("attn_pool") is not None:
@@ -207,25 +213,6 @@ class EquivariantTransformer(nn.Module):
             self.global_pool = global_pool
             update_model_args(self, **{self.fc_norm_keyword: not isinstance(self.fc_norm, nn.Identity)})
         replace_classifier(self, num_classes)
-
-    def check_pooling(self, global_pool: str, class_token: bool) -> None:
-        """See that a pooling keeps the symmetry and has what it reads.
-
-        Raises:
-            ValueError: if not; it names those that would do.
-        """
-        reasons = {
-            "max": "the maximum of a sign-flipping channel is not equivariant",
-            "avgmax": "the maximum of a sign-flipping channel is not equivariant",
-            "prr": "its heads mix channels of different irreps",
-        }
-        instead = "'token' or 'avg'" if class_token else "'avg'"
-        if global_pool in reasons:
-            raise ValueError(f"global_pool={global_pool!r} breaks the symmetry: {reasons[global_pool]}; use {instead}")
-        if global_pool not in ("", "avg", "token", "map"):
-            raise ValueError(f"global_pool={global_pool!r} is unknown; use 'token', 'avg', 'map' or ''")
-        if global_pool == "token" and not class_token:
-            raise ValueError("global_pool='token' needs class_token=True; use 'avg' without a class token")
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
@@ -287,3 +274,26 @@ class EquivariantTransformer(nn.Module):
     def _invariants(self, x: Tensor, pre_logits: bool) -> Tensor:
         headless = self.num_classes == 0 and not pre_logits
         return self.head_drop((self.feature_invariants if headless else self.invariants)(x))
+
+
+def check_pooling(global_pool: str, class_token: bool, design: Design) -> None:
+    """See that a pooling keeps the symmetry, where there still is one, and has what it reads.
+
+    Raises:
+        ValueError: if not; it names those that would do.
+    """
+    reasons = {
+        "max": "the maximum of a sign-flipping channel is not equivariant",
+        "avgmax": "the maximum of a sign-flipping channel is not equivariant",
+        "prr": "its heads mix channels of different irreps",
+    }
+    poolings = ["avg", "map"] if design == "equivariant" else ["avg", "avgmax", "max"]
+    if class_token:
+        poolings.insert(0, "token")
+    known = "".join(f"{pooling!r}, " for pooling in poolings[:-1]).removesuffix(", ") + f" or {poolings[-1]!r}"
+    if design == "equivariant" and global_pool in reasons:
+        raise ValueError(f"global_pool={global_pool!r} breaks the symmetry: {reasons[global_pool]}; use {known}")
+    if global_pool == "token" and not class_token:
+        raise ValueError("global_pool='token' needs class_token=True; use 'avg' without a class token")
+    if global_pool not in ("", *poolings):
+        raise ValueError(f"global_pool={global_pool!r} is unknown or not supported here; use {known}")

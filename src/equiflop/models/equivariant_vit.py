@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import LayerNorm as PlainLayerNorm
@@ -14,18 +14,14 @@ from torch import nn
 
 from equiflop.grids import ImageGroup, as_image_group
 from equiflop.groups import Rep
-from equiflop.models.equivariant_transformer import EquivariantTransformer
+from equiflop.models.equivariant_transformer import Design, EquivariantTransformer, check_pooling
 from equiflop.models.image_size import check_image_size
 from equiflop.models.substitution import Substitution
 from equiflop.models.transition import FinalPlainNorm, FirstPlainBlock, ToInvariants, ToIrrepOrder, ToRegular
-from equiflop.nn import Invariants, PositionEmbedding
-from equiflop.nn.attention import Heads
+from equiflop.nn import PositionEmbedding
+from equiflop.nn.attention import Heads, check_heads
 from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.norm import Weighting
-
-#: ``equivariant``: every block; ``hybrid``: the first blocks, then plain ones on the same channels; ``invariant``: the
-#: first blocks, then plain ones on invariants.
-Design = Literal["equivariant", "hybrid", "invariant"]
 
 
 class EquivariantVisionTransformer(EquivariantTransformer, VisionTransformer):
@@ -124,7 +120,13 @@ class EquivariantVisionTransformer(EquivariantTransformer, VisionTransformer):
         if weight_init not in ("", "skip", "reset"):
             raise ValueError(f"weight_init={weight_init!r} is not supported; choose '', 'skip' or 'reset'")
         check_image_size(group, img_size, dynamic_img_size)
+        if design not in get_args(Design):
+            raise ValueError(f"design={design!r} is unknown; choose 'equivariant', 'hybrid' or 'invariant'")
+        check_pooling(global_pool, class_token, design)
         rep = feature_rep(group, embed_dim, multiplicities, design)
+        check_heads(rep, num_heads, heads)
+        if mlp_layer is None:
+            Rep.regular_of_dim(group, int(embed_dim * mlp_ratio), f"int({embed_dim} * mlp_ratio)")
         layers = {"block_fn": block_fn, "mlp_layer": mlp_layer, "attn_layer": attn_layer}
         # timm's constructor makes the plain network, without memory; then its parts become equivariant.
         super().__init__(
@@ -198,8 +200,6 @@ class EquivariantVisionTransformer(EquivariantTransformer, VisionTransformer):
         **options: Any,
     ) -> None:
         """See :meth:`EquivariantTransformer.become_equivariant`; the arguments beside those are the constructor's."""
-        if design not in ("equivariant", "hybrid", "invariant"):
-            raise ValueError(f"design={design!r} is unknown; choose 'equivariant', 'hybrid' or 'invariant'")
         if design == "hybrid" and options.get("invariants") is not None:
             raise ValueError(
                 f"invariants={options['invariants']!r} does not apply to a hybrid model, whose plain blocks take all "
@@ -267,20 +267,6 @@ class EquivariantVisionTransformer(EquivariantTransformer, VisionTransformer):
         if block < self.equivariant_depth:
             return self.rep
         return Rep.trivial(self.group, self.embed_dim) if self.design == "invariant" else None
-
-    def check_pooling(self, global_pool: str, class_token: bool) -> None:
-        """See that a pooling keeps the symmetry, where there still is one, and has what it reads.
-
-        Raises:
-            ValueError: if not.
-        """
-        if self.design == "equivariant" or global_pool not in ("max", "avgmax"):
-            super().check_pooling(global_pool, class_token)
-        if self.design != "equivariant" and global_pool == "map":
-            raise ValueError(
-                "global_pool='map' is not supported by hybrid and invariant designs; use 'token', 'avg', 'avgmax' or "
-                "'max'"
-            )
 
 
 def feature_rep(

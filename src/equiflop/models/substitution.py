@@ -207,8 +207,8 @@ class Substitution:
     def _does_not_divide(self, num_heads: int, path: str) -> str:
         order, name = self.rep.group.order, self.group.name
         return (
-            f"num_heads={num_heads} of {path} is not divisible by |G|={order} (group {name!r}), which heads need that see "
-            f"positions or work one by one; use a multiple of {order} heads, or a group whose order divides {num_heads}"
+            f"num_heads={num_heads} of {path} is not divisible by |G|={order} (group {name!r}), which heads need that "
+            f"see positions or work one by one; use a multiple of {order}, or a group whose order divides {num_heads}"
         )
 
     def _like(self, parameter: Tensor) -> dict[str, Any]:
@@ -320,7 +320,7 @@ class Substitution:
 
     def _attention(self, attn: Any, path: str) -> nn.Module:
         parts = dict(attn.named_children())
-        norms = [name for name in ("q_norm", "k_norm", "norm") if type(parts.get(name, None)) in _NORMS]
+        norms = [name for name in ("q_norm", "k_norm", "norm") if type(parts.get(name)) in _NORMS]
         coupled = type(attn) is Attention and not norms and "gate" not in parts
         heads = self.choose_heads(attn.num_heads, path, per_head=not coupled)
         kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
@@ -478,9 +478,7 @@ class Substitution:
             where = f"{path}.{name}"
             if name in ("q", "kv"):
                 if projects or name == "kv":
-                    setattr(
-                        pool, name, self.inward(part, where, order, pool.num_heads, 2 if name == "kv" else 1)
-                    )
+                    setattr(pool, name, self.inward(part, where, order, pool.num_heads, 2 if name == "kv" else 1))
             elif name == "proj":
                 pool.proj = self.outward(part, where, order, pool.num_heads)
             elif name in ("q_norm", "k_norm"):
@@ -511,9 +509,7 @@ class Substitution:
             _check_linear(proj, f"{path}.proj", math.prod(patch) * in_chans, self.rep.dim)
         size = tuple(p * n for p, n in zip(patch, embeds.pos_embed_grid_size or (1, 1), strict=True))
         options: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC", **self.dd}
-        embeds.proj = enn.PatchEmbed(
-            self.rep, self.group, size, patch, in_chans, bias=proj.bias is not None, **options
-        )
+        embeds.proj = enn.PatchEmbed(self.rep, self.group, size, patch, in_chans, bias=proj.bias is not None, **options)
         embeds.norm = self.residual(embeds.norm, f"{path}.norm")
         embeds.pos_drop = self.residual(embeds.pos_drop, f"{path}.pos_drop")
         embeds.rep = self.rep

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import re
 import warnings
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from equiflop.grids import NAMED_IMAGE_GROUPS, ImageGroup, as_image_group
 from equiflop.models.entry_points import registered_twin
-from equiflop.models.equivariant_transformer import EquivariantTransformer
+from equiflop.models.equivariant_transformer import Design, EquivariantTransformer
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer, feature_rep
 from equiflop.models.image_size import check_image_size
 from equiflop.models.tied import become
@@ -252,7 +252,7 @@ def _split(network: nn.Module, overrides: dict[str, Any]) -> tuple[dict[str, Any
 
 
 def _made_by_timm(network: nn.Module, name: str | None) -> dict[str, Any] | None:
-    """The keywords with which timm makes this very architecture, or None where it was changed since or is not timm's."""
+    """The keywords with which timm makes this very architecture; None where it was changed since or is not timm's."""
     if name is None or not timm.is_model(name) or not hasattr(network, "_model_args"):
         return None
     args = dict(get_model_args(network))
@@ -312,7 +312,10 @@ def _make_equivariant(
         for module in plain.modules():
             if isinstance(module, nn.LayerNorm | RmsNorm):
                 module.eps = norm_eps
-    rep = feature_rep(group, plain.embed_dim, multiplicities, own.get("design", "equivariant"))
+    design = own.get("design", "equivariant")
+    if design not in get_args(Design):
+        raise ValueError(f"design={design!r} is unknown; choose from {', '.join(get_args(Design))}")
+    rep = feature_rep(group, plain.embed_dim, multiplicities, design)
     become(plain, TWIN_CLASSES[type(plain)])
     plain.become_equivariant(group, rep, heads, weighting=norm_weighting, **own)
     plain.weight_init_mode = ""

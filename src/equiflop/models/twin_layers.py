@@ -154,8 +154,8 @@ class TwinNaFlexEmbeds(NaFlexEmbeds):
         grid = (x.shape[1], x.shape[2])
         if self.pos_embed_ar_preserving and grid[0] != grid[1]:
             raise ValueError(
-                f"an image of {grid[0]}x{grid[1]} patches is not square: with pos_embed_ar_preserving=True the position "
-                "embedding would be cut at one side, which breaks the symmetry"
+                f"an image of {grid[0]}x{grid[1]} patches is not square: with pos_embed_ar_preserving=True the "
+                "position embedding would be cut at one side, which breaks the symmetry"
             )
         x = x.flatten(1, 2)
         if self.pos_embed is not None:

@@ -80,10 +80,7 @@ class EquivariantEva(EquivariantTransformer, Eva):
     def _pos_embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else self.patch_embed.grid_size
         x = self.pos_drop(self._tokens(x))
-        if self.rope is None:
-            rope = None
-        else:
-            rope = self.rope.get_embed(grid if self.rope.grid_size is None else None)
+        rope = None if self.rope is None else self.rope.get_embed(grid if self.rope.grid_size is None else None)
         if self.patch_drop is not None:
             x, keep = self.patch_drop(x)
             if rope is not None and keep is not None:

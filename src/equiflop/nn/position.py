@@ -1,9 +1,9 @@
 """What depends on position inside a branch: in copy ``g`` of the group's basis it is the plain network's, seen through
 ``g^-1``.
 
-Regular heads come as ``|G|`` copies that the group permutes. Where copy 0 has the value ``T(p)`` at position ``p``, copy
-``g`` has ``T(g^-1 p)``; then the group moves tokens and copies together. Source: the same argument as for features on
-the group, ``(g f)(h, p) = f(g^-1 h, g^-1 p)``.
+Regular heads come as ``|G|`` copies that the group permutes. Where copy 0 has the value ``T(p)`` at position ``p``,
+copy ``g`` has ``T(g^-1 p)``; then the group moves tokens and copies together, as it does functions on itself:
+``(g f)(h, p) = f(g^-1 h, g^-1 p)``.
 """
 
 from __future__ import annotations
