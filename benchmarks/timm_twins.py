@@ -81,9 +81,9 @@ by one, become equivariant, and a part without an equivariant counterpart is ref
 ```
 
 with timm {timm} and torch {torch}. `equiflop train`, `check`, `bench` and `models` take `twin:NAME`, with
-`--set group=octic` and so on; a folder that `timm.models.save_for_hf` made of a twin loads again. `twin("convnext_tiny")`
-and `twin("resmlp_12_224")` are the registered networks. Weights are not carried over; a network with weights, or a name
-with a tag, draws a warning that says so.
+`--set group=octic` and so on; a folder that `timm.models.save_for_hf` made of a twin loads again.
+`twin("convnext_tiny")` and `twin("resmlp_12_224")` are the registered networks. Weights are not carried over; a network
+with weights, or a name with a tag, draws a warning that says so.
 
 **How it is possible.** The residual stream is ordered by irreps. Of a branch only the linear maps into it and out of it
 are replaced: they change to the group's own basis on the way, `|G|` copies of the heads or hidden channels which the
@@ -105,7 +105,7 @@ def small_keywords(name: str) -> dict[str, Any]:
     if not key_heads or len(set(key_heads)) == 1:
         keywords["depth"] = 2
     if sum(p.numel() for p in plain.blocks[0].parameters()) > LARGEST or "depth" not in keywords:
-        keywords["embed_dim"] = 32 * plain.blocks[0].attn.num_heads
+        keywords |= {"embed_dim": 32 * plain.blocks[0].attn.num_heads, "mlp_ratio": 4.0}
     return keywords
 
 
@@ -208,10 +208,10 @@ def counts(names: dict[str, list[str]], results: dict[str, dict[str, Any]]) -> s
 def checks(results: dict[str, dict[str, Any]]) -> str:
     """The largest errors of what is built."""
     lines = [
-        "Every network that is built, in float64, with two blocks and four patches by four (the largest ones 32 channels "
-        "a head\nwide): the largest relative error of logits and features under all elements of the group, and of the "
-        "logits against the\nplain network's where the group has one element and the twin the plain weights, so that "
-        "nothing was dropped.\n",
+        "Every network that is built, in float64, with two blocks and four patches by four (the largest ones 32\n"
+        "channels a head wide): the largest relative error of logits and features under all elements of the group,\n"
+        "and of the logits against the plain network's where the group has one element and the twin the plain weights,\n"
+        "so that nothing was dropped.\n",
         "| what | networks | largest relative error |\n| --- | ---: | ---: |",
     ]
     for key, what in (("flop error", "flop"), ("octic error", "octic"), ("plain error", "one element, plain weights")):

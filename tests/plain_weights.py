@@ -17,7 +17,7 @@ TRIVIAL = ImageGroup(cyclic(1), np.eye(2, dtype=np.int64)[None], "trivial")
 
 def plain_weights(plain: Any, made: nn.Module) -> dict[str, Tensor]:
     """The state dict of a plain network, each tensor where it belongs in the twin; nothing may be left over."""
-    left = {key: value for key, value in plain.state_dict().items()}
+    left = dict(plain.state_dict())
     state: dict[str, Tensor] = {}
     for path, module in made.named_modules():
         at = f"{path}." if path else ""

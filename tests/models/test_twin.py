@@ -195,9 +195,7 @@ def test_fewer_heads_for_keys_and_values() -> None:
     made = twin(small("vit_base_patch16_sapiens2", **options), "octic")
     assert equiflop.check(made).max_error < 1e-12
     few = small("vit_base_patch16_sapiens2", num_kv_heads=(16, 4), num_heads=16, embed_dim=128)
-    with pytest.raises(
-        ValueError, match=r"num_heads=4 of keys and values of blocks.1.attn is not divisible by \|G\|=8"
-    ):
+    with pytest.raises(ValueError, match=r"num_heads=4 of keys and values of blocks.1.attn is not divisible by"):
         twin(few, "octic")
 
 

@@ -124,7 +124,7 @@ class Copies:
 def fill(made: Any, plain: Any, group: ImageGroup) -> None:
     """Put the plain network's parameters into every copy of the twin."""
     copies = Copies(group)
-    left = {key: value for key, value in plain.state_dict().items()}
+    left = dict(plain.state_dict())
     done = set()
     for path, module in made.named_modules():
         at = f"{path}." if path else ""

@@ -31,7 +31,11 @@ Design = Literal["equivariant", "hybrid", "invariant"]
 TOKENS = ("cls_token", "dist_token", "reg_token")
 
 
-class EquivariantTransformer(nn.Module):
+# What timm's classes hold is for them to say: to a type checker their attributes are of any type.
+_Base: Any = nn.Module
+
+
+class EquivariantTransformer(_Base):
     """A vision transformer of timm whose parts are equivariant; to be put in front of timm's class as a base.
 
     Attributes:
@@ -45,12 +49,13 @@ class EquivariantTransformer(nn.Module):
 
     group: ImageGroup
     rep: Rep
+    head: nn.Module
     design: Design = "equivariant"
     token_std: float = 0.02
     invariant_output = True
     fit_checkpoint = staticmethod(fit_checkpoint)
     #: Modules of the network itself that are replaced by a rule of their own; all others by their class.
-    own_parts: ClassVar[tuple[str, ...]] = ("head", "head_drop", "rope")
+    own_parts: tuple[str, ...] = ("head", "head_drop", "rope")
     #: timm's keyword for the norm behind the pooling.
     fc_norm_keyword: ClassVar[str] = "fc_norm"
 
@@ -194,7 +199,7 @@ class EquivariantTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay: those of timm's network."""
-        plain = super().no_weight_decay()  # type: ignore[misc]
+        plain = super().no_weight_decay()
         within = tuple(f"{name}." for name in plain)
         return {name for name, _ in self.named_parameters() if name in plain or name.startswith(within)}
 
@@ -252,7 +257,7 @@ class EquivariantTransformer(nn.Module):
             return torch.cat([*prefix, x + field], dim=1)
         return torch.cat([*prefix, x], dim=1) + field
 
-    def _pos_embed(self, x: Tensor) -> Tensor:
+    def _pos_embed(self, x: Tensor) -> Any:
         x = self._tokens(x)
         return x if self.pos_embed is None else self.pos_drop(x)
 

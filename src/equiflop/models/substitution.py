@@ -42,7 +42,6 @@ from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Block as BeitBlock
 from timm.models.beit import RelativePositionBias
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
-from timm.models.naflexvit import NaFlexEmbeds
 from timm.models.vision_transformer import (
     Block,
     DiffParallelScalingBlock,
@@ -51,7 +50,7 @@ from timm.models.vision_transformer import (
     ResPostBlock,
 )
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
-from torch import Tensor, nn
+from torch import nn
 
 from equiflop import nn as enn
 from equiflop.groups import Rep
@@ -211,11 +210,11 @@ class Substitution:
             f"see positions or work one by one; use a multiple of {order}, or a group whose order divides {num_heads}"
         )
 
-    def _like(self, parameter: Tensor) -> dict[str, Any]:
+    def _like(self, parameter: Any) -> dict[str, Any]:
         dtype = self.dd["dtype"]
         return {"device": self.dd["device"], "dtype": parameter.dtype if dtype is None else dtype}
 
-    def inward(self, linear: nn.Module, path: str, order: OrderName, heads: int = 1, sections: int = 1) -> enn.Linear:
+    def inward(self, linear: Any, path: str, order: OrderName, heads: int = 1, sections: int = 1) -> enn.Linear:
         """A linear map from the residual stream into a branch."""
         _check_linear(linear, path, in_features=self.rep.dim)
         width = linear.out_features // sections
@@ -225,7 +224,7 @@ class Substitution:
         options: dict[str, Any] = {"bias": linear.bias is not None, "sections": sections, "num_heads": heads, **self.dd}
         return enn.Linear(self.rep, inner, out_order=order, **options)
 
-    def outward(self, linear: nn.Module, path: str, order: OrderName, heads: int = 1) -> enn.Linear:
+    def outward(self, linear: Any, path: str, order: OrderName, heads: int = 1) -> enn.Linear:
         """A linear map from a branch back to the residual stream."""
         _check_linear(linear, path, out_features=self.rep.dim)
         inner = self.rep if order == "heads" else self._regular(linear.in_features, path)
@@ -301,7 +300,7 @@ class Substitution:
         self.children(module, path)
         return module
 
-    def _block(self, block: nn.Module, path: str) -> nn.Module:
+    def _block(self, block: Any, path: str) -> nn.Module:
         self.children(block, path)
         _only(block, path, parameters=("gamma_1", "gamma_2"), modules=tuple(block._modules))
         kind = _TIED.get(type(block))
@@ -331,7 +330,7 @@ class Substitution:
             where = f"{path}.{name}"
             if name in ("qkv", "q_proj", "k_proj", "v_proj", "gate"):
                 sections = 3 if name == "qkv" else 1
-                made = self.inward(part, where, order, attn.num_heads, sections)
+                made: nn.Module = self.inward(part, where, order, attn.num_heads, sections)
             elif name == "proj":
                 made = self.outward(part, where, order, attn.num_heads)
             elif name in ("q_norm", "k_norm", "sub_norm"):
@@ -406,7 +405,7 @@ class Substitution:
         for name, part in list(mlp.named_children()):
             where = f"{path}.{name}"
             if name in ("fc1", "fc1_g", "fc1_x"):
-                made = self.inward(part, where, "group", sections=2 if isinstance(mlp, GluMlp) else 1)
+                made: nn.Module = self.inward(part, where, "group", sections=2 if isinstance(mlp, GluMlp) else 1)
             elif name == "fc2":
                 made = self.outward(part, where, "group")
             elif name == "norm":
@@ -493,7 +492,7 @@ class Substitution:
         pool.reset_parameters()
         return pool
 
-    def naflex_embeds(self, embeds: NaFlexEmbeds, path: str, in_chans: int) -> nn.Module:
+    def naflex_embeds(self, embeds: Any, path: str, in_chans: int) -> nn.Module:
         """The embedding of a NaFlexVit."""
         if embeds.pos_embed_type not in ("learned", "none"):
             raise ValueError(f"pos_embed={embeds.pos_embed_type!r} has no equivariant counterpart")

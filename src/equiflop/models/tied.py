@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,7 +58,7 @@ def spread_channels(owner: Any, values: Tensor) -> Tensor:
 
 def same_copies(owner: Any, values: Tensor) -> Tensor:
     """The values of one copy for all ``|G|`` copies of the group's basis."""
-    return values.repeat(*(1,) * (values.ndim - 1), owner.copies)
+    return torch.cat([values] * owner.copies, dim=-1)
 
 
 def made_by(owner: Any, module: nn.Module) -> Tensor:

@@ -364,7 +364,8 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def equiflop_twin(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Twins by timm's registry, as folders of the hub load: ``plain`` names the plain network."""
-    features = {key: kwargs.pop(key) for key in ("features_only", "out_indices", "feature_cfg") if key in kwargs}
+    of_features = ("features_only", "out_indices", "feature_cfg")
+    features: dict[str, Any] = {key: kwargs.pop(key) for key in of_features if key in kwargs}
     if pretrained and not kwargs.get("pretrained_cfg"):
         raise ValueError("pretrained=True: there are no weights of twins to download")
     overlay = kwargs.pop("pretrained_cfg_overlay", None)

@@ -25,6 +25,7 @@ from equiflop.nn import PatchEmbed
 class EquivariantVisionTransformerDistilled(EquivariantTransformer, VisionTransformerDistilled):
     """E(DeiT) with a distillation token."""
 
+    head_dist: nn.Module
     own_parts = ("head", "head_dist", "head_drop")
 
     def _replace_head(self, invariants: Any, dd: dict[str, Any]) -> None:
@@ -56,6 +57,8 @@ class EquivariantVisionTransformerDistilled(EquivariantTransformer, VisionTransf
 
 class EquivariantEva(EquivariantTransformer, Eva):
     """E(X) of EVA, EVA-02, DINOv3 and their like."""
+
+    rope: Any
 
     fix_init = True
     fc_norm_keyword = "use_fc_norm"
@@ -97,6 +100,7 @@ class EquivariantBeit(EquivariantTransformer, Beit):
     no_embed_class = False
     cls_token = tied("cls_token", invariant_channels)
     pos_embed = tied("pos_embed", made_by)
+    rel_pos_bias: Any
     own_parts = ("head", "head_drop", "rel_pos_bias")
 
     def substitute(self, parts: Substitution) -> None:
@@ -124,6 +128,7 @@ class EquivariantVisionTransformerRelPos(EquivariantTransformer, VisionTransform
     """E(ViT) with relative position biases."""
 
     cls_token = tied("cls_token", invariant_channels)
+    shared_rel_pos: Any
     own_parts = ("head", "head_drop", "shared_rel_pos")
 
     def substitute(self, parts: Substitution) -> None:
@@ -145,6 +150,8 @@ class EquivariantVisionTransformerRelPos(EquivariantTransformer, VisionTransform
 class EquivariantNaFlexVit(EquivariantTransformer, NaFlexVit):
     """E(X) of a NaFlexVit for images; sequences of patches of several images are refused."""
 
+    rope: Any
+    embeds: Any
     own_parts = ("head", "head_drop", "rope", "embeds")
 
     def _check_own(self) -> None:

@@ -75,7 +75,7 @@ class Attention(PlainAttention):
         """timm's module itself as this one, its linear maps and the dropout behind them being equivariant already."""
         plain.__class__ = cls
         plain.rep, plain.heads = rep, heads
-        return plain  # type: ignore[return-value]
+        return plain
 
     def parts(self, attn_mask: Tensor | None = None, is_causal: bool = False) -> AttentionParts | None:
         """What a kernel needs, or None where the modules have to be called."""

@@ -91,11 +91,11 @@ class Block(nn.Module):
         self.drop_path2 = path()
 
     @classmethod
-    def of(cls, plain: nn.Module, rep: Rep) -> Block:
+    def of(cls, plain: Any, rep: Rep) -> Block:
         """timm's ``Block`` itself as this one, its parts being equivariant already."""
         plain.__class__ = cls
         plain.rep, plain._layout = rep, layout_of(rep)
-        return plain  # type: ignore[return-value]
+        return plain
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         options: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal}

@@ -63,7 +63,7 @@ class Mlp(PlainMlp):
         """timm's module itself as this one, its linear maps and dropouts being equivariant already."""
         plain.__class__ = cls
         plain.rep, plain._hidden, plain._pointwise = rep, layout_of(plain.fc1.out_rep), type(plain.act)
-        return plain  # type: ignore[return-value]
+        return plain
 
     def parts(self) -> MlpParts | None:
         """What a kernel needs, or None where the modules have to be called."""

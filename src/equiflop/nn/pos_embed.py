@@ -105,7 +105,8 @@ class PositionEmbedding(FixedTensors):
         """
         field = self._field()
         if grid_size is not None:
-            field = _on_grid(field, grid_size[0], grid_size[1], self)
+            rows, columns = (int(side) if isinstance(side, Tensor) else side for side in grid_size)  # in jit.trace
+            field = _on_grid(field, rows, columns, self)
         if self.prefix is not None:
             field = torch.cat([F.pad(self.prefix, (0, self.rep.dim - self.prefix.shape[1])), field])
         return field.unsqueeze(0)

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.overrides import handle_torch_function, has_torch_function
 
 from equiflop.image_group import ImageGroup
 
@@ -29,25 +32,12 @@ def seen_by_copies(group: ImageGroup, tables: Sequence[Tensor], grid: tuple[int,
     Returns:
         one table per group element, shape ``(..., H * W, D)``.
     """
-    turned = (grid[1], grid[0])
     copies = []
-    for a, move in enumerate(group.moves):
-        swapped = group.swaps_axes_by(a)
-        table = tables[-1] if swapped else tables[0]
-        image = table.movedim(-1, -2).unflatten(-1, turned if swapped else grid)
+    for move in group.moves:
+        table, sides = (tables[-1], (grid[1], grid[0])) if move.transposes else (tables[0], grid)
+        image = table.movedim(-1, -2).unflatten(-1, sides)
         copies.append(move(image).flatten(-2).movedim(-2, -1))
     return copies
-
-
-def tokens_seen_by_copies(group: ImageGroup, grid: tuple[int, int], prefix: int, device: Any = None) -> Tensor:
-    """Which token each copy sees at each place, shape ``(|G|, prefix + H * W)``; class and register tokens stay.
-
-    The grid is square if the group swaps its axes.
-    """
-    tokens = torch.arange(grid[0] * grid[1], device=device)
-    seen = [move(tokens.view(grid)).flatten() for move in group.moves]
-    front = torch.arange(prefix, device=device)
-    return torch.stack([torch.cat([front, prefix + places]) for places in seen])
 
 
 class RotaryPositions(nn.Module):
@@ -60,6 +50,8 @@ class RotaryPositions(nn.Module):
         grid_size: the grid of tokens where ``rope`` keeps its table, None where it makes one for every size.
     """
 
+    rope: Any
+
     def __init__(
         self, rope: nn.Module, group: ImageGroup, heads_per_copy: int, grid_size: tuple[int, int] | None
     ) -> None:
@@ -68,6 +60,7 @@ class RotaryPositions(nn.Module):
         self.group = group
         self.heads_per_copy = heads_per_copy
         self.grid_size = grid_size
+        self.turns = any(move.transposes for move in group.moves)
         if hasattr(rope, "feat_shape"):
             self.feat_shape = rope.feat_shape
 
@@ -86,25 +79,38 @@ class RotaryPositions(nn.Module):
             shape: the grid of tokens; by default the kept one.
             dtype: of the result.
         """
-        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if shape is None:
             assert self.grid_size is not None
-            grid = self.grid_size
-            tables = [self.rope.get_embed(**options)]
-        else:
-            grid = (shape[0], shape[1])
-            tables = [self.rope.get_embed(shape=list(grid), **options)]
-            if self.group.swaps_axes and grid[0] != grid[1]:
-                tables.append(self.rope.get_embed(shape=[grid[1], grid[0]], **options))
+            return self._seen([self._table(None, dtype)], self.grid_size)
+        return _on_any_grid(shape[0], shape[1], dtype, self)
+
+    def _table(self, shape: tuple[int, int] | None, dtype: torch.dtype | None) -> Tensor:
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        if shape is not None:
+            options["shape"] = list(shape)
+        table: Tensor = self.rope.get_embed(**options)
+        return table
+
+    def _seen(self, tables: list[Tensor], grid: tuple[int, int]) -> Tensor:
         copies = seen_by_copies(self.group, tables, grid)
-        if copies[0].ndim == 2:  # one table for all heads
+        if not isinstance(self.rope, RotaryEmbeddingMixed):  # one table for all heads
             copies = [copy.expand(self.heads_per_copy, -1, -1) for copy in copies]
         return torch.cat(copies, dim=-3)
 
     def no_weight_decay(self) -> set[str]:
         """Learned frequencies."""
-        inner = getattr(self.rope, "no_weight_decay", set)()
+        inner: set[str] = self.rope.no_weight_decay() if hasattr(self.rope, "no_weight_decay") else set()
         return {f"rope.{name}" for name in inner}
+
+
+def _on_any_grid(rows: int, columns: int, dtype: torch.dtype | None, module: RotaryPositions) -> Tensor:
+    """One step of a symbolic trace, since turned grids are another table."""
+    if has_torch_function((rows, columns)):
+        return handle_torch_function(_on_any_grid, (rows, columns), rows, columns, dtype, module)
+    tables = [module._table((rows, columns), dtype)]
+    if module.turns and not statically_known_true(rows == columns):
+        tables.append(module._table((columns, rows), dtype))
+    return module._seen(tables, (rows, columns))
 
 
 class PositionBias(nn.Module):
@@ -115,6 +121,8 @@ class PositionBias(nn.Module):
         group: the group that acts on the token grid.
         prefix: class and register tokens in front.
     """
+
+    bias: Any
 
     def __init__(self, bias: nn.Module, group: ImageGroup, prefix: int) -> None:
         super().__init__()
@@ -144,6 +152,14 @@ class PositionBias(nn.Module):
 
 
 def bias_of_copies(bias: Tensor, group: ImageGroup, grid: tuple[int, int], prefix: int) -> Tensor:
-    """A bias between tokens as each copy sees it, shape ``(..., heads, N, N)`` to ``(..., |G| * heads, N, N)``."""
-    seen = tokens_seen_by_copies(group, grid, prefix, bias.device)
-    return torch.cat([bias.index_select(-2, places).index_select(-1, places) for places in seen], dim=-3)
+    """A bias between tokens as each copy sees it, ``(..., heads, N, N)`` to ``(..., |G| * heads, N, N)``.
+
+    Class and register tokens, ``prefix`` many, stay in front. The grid is square if the group swaps its axes.
+    """
+    tokens = torch.arange(prefix, prefix + grid[0] * grid[1], device=bias.device).view(grid)
+    front = torch.arange(prefix, device=bias.device)
+    copies = []
+    for move in group.moves:
+        seen = torch.cat([front, move(tokens).flatten()])
+        copies.append(bias.index_select(-2, seen).index_select(-1, seen))
+    return torch.cat(copies, dim=-3)
