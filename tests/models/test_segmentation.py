@@ -424,7 +424,7 @@ def test_exports() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(TypeError, match="backbone=Linear is no EquivariantVisionTransformer"):
+    with pytest.raises(TypeError, match="backbone=Linear is no equivariant vision transformer"):
         Segmenter(nn.Linear(2, 2), 5)  # type: ignore[arg-type]
     for design in ("hybrid", "invariant"):
         with pytest.raises(ValueError, match=f"design='{design}'.*use design='equivariant'"):

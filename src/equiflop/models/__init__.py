@@ -7,6 +7,7 @@ from equiflop.models.equivariant_vit import EquivariantVisionTransformer
 from equiflop.models.graph_network import GraphNetwork, SetNetwork
 from equiflop.models.isotropic_convnext import IsotropicConvNeXt
 from equiflop.models.point_transformer import PlainPointTransformer, PointTransformer
+from equiflop.models.pose import PoseEstimator
 from equiflop.models.segmentation import Segmenter
 from equiflop.models.signal_network import SignalNetwork
 from equiflop.models.twin import twin
@@ -20,6 +21,7 @@ __all__ = [
     "IsotropicConvNeXt",
     "PlainPointTransformer",
     "PointTransformer",
+    "PoseEstimator",
     "Segmenter",
     "SetNetwork",
     "SignalNetwork",

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from equiflop.grids import ImageGroup
 from equiflop.groups import Rep
-from equiflop.models.equivariant_vit import EquivariantVisionTransformer
+from equiflop.models.dense import DenseModel
+from equiflop.models.equivariant_transformer import EquivariantTransformer
 from equiflop.models.initialise import init_linear, init_linears
 from equiflop.nn import Dropout, GridTransform, Linear, Mlp
 
@@ -82,15 +83,16 @@ class PatchDecoder(nn.Module):
         return f"{self.channels} channels, patches of {self.patch_size[0]}x{self.patch_size[1]}"
 
 
-class Segmenter(nn.Module):
-    """An E(ViT) with a head that gives class logits per pixel or per token.
+class Segmenter(DenseModel):
+    """An E(ViT) or a twin with a head that gives class logits per pixel or per token.
 
     Move the image by an element of the group, and the logits move along. The head reads the patch tokens behind the
     backbone's final norm. Class and register tokens act through attention alone. As in timm, ``drop_rate`` of the
     backbone is the dropout before the head.
 
     Args:
-        backbone: every block equivariant. It becomes a part of this module and loses its classifier.
+        backbone: an E(ViT) or a twin, every block equivariant. It becomes a part of this module and loses its
+            classifier.
         num_classes: channels of the output.
         resolution: ``"pixels"``, or ``"tokens"`` for one logit per patch and class.
         mlp_ratio: if not 0, a residual MLP comes before the head, its hidden width ``mlp_ratio`` times ``embed_dim``.
@@ -110,22 +112,20 @@ class Segmenter(nn.Module):
 
     def __init__(
         self,
-        backbone: EquivariantVisionTransformer,
+        backbone: EquivariantTransformer,
         num_classes: int,
         *,
         resolution: Resolution = "pixels",
         mlp_ratio: float = 0.0,
     ) -> None:
-        super().__init__()
-        _check_backbone(backbone)
+        super().__init__(backbone)
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes} is not positive; a segmenter needs at least one class")
         if resolution not in get_args(Resolution):
             raise ValueError(f"resolution={resolution!r} is unknown; choose from {', '.join(get_args(Resolution))}")
         if mlp_ratio < 0:
             raise ValueError(f"mlp_ratio={mlp_ratio} is negative; use 0 for no MLP")
-        backbone.reset_classifier(0)
-        self.backbone = backbone
+        self.backbone.reset_classifier(0)
         self.num_classes = num_classes
         self.resolution = resolution
         self.output_rep = Rep.trivial(backbone.group, num_classes)  # read by equiflop.check
@@ -135,39 +135,10 @@ class Segmenter(nn.Module):
         if mlp_ratio:
             hidden = Rep.regular_of_dim(self.group, int(mlp_ratio * self.rep.dim), "mlp_ratio * embed_dim")
             self.mlp = Mlp(self.rep, hidden, **dd)
-        self.drop = Dropout(self.rep, backbone.head_drop.p)
-        patch_size = backbone.patch_embed.patch_size if resolution == "pixels" else (1, 1)
+        self.drop = Dropout(self.rep, self.backbone.head_drop.p)
+        patch_size = self.backbone.embedding.patch_size if resolution == "pixels" else (1, 1)
         self.head = PatchDecoder(self.rep, self.group, patch_size, num_classes, **dd)
         self._init_mlp()
-
-    @property
-    def group(self) -> ImageGroup:
-        """The group whose action the output follows."""
-        return self.backbone.group
-
-    @property
-    def rep(self) -> Rep:
-        """Type of the tokens that the head reads."""
-        return self.backbone.rep
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the image."""
-        return self.backbone.patch_embed.in_chans
-
-    @property
-    def img_size(self) -> tuple[int, int]:
-        """Height and width of the image in pixels."""
-        return self.backbone.patch_embed.img_size
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Number of class and register tokens."""
-        return self.backbone.num_prefix_tokens
-
-    def feature_rep(self, block: int) -> Rep | None:
-        """Type of the backbone's features after block ``block``."""
-        return self.backbone.feature_rep(block)
 
     def init_weights(self) -> None:
         """Initialise backbone and head anew."""
@@ -179,46 +150,8 @@ class Segmenter(nn.Module):
         if self.mlp is not None:
             init_linears(self.mlp)
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Accept images of another size from now on; see the backbone's method of this name."""
-        self.backbone.set_input_size(img_size)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether to compute the backbone's activations again on the way back instead of keeping them."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, **options: Any) -> Any:
-        """Features after the backbone's blocks; see timm."""
-        return self.backbone.forward_intermediates(x, indices, **options)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised patch tokens, ``(B, in_chans, H, W)`` to ``(B, H / p, W / p, embed_dim)``."""
-        grid = self.backbone.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        tokens = self.backbone.fc_norm(self.backbone.forward_features(x))  # one of the two norms is an identity
-        return tokens[:, self.num_prefix_tokens :].unflatten(1, grid)
-
     def forward_head(self, x: Tensor) -> Tensor:
         """Patch tokens to logits, ``(B, H / p, W / p, embed_dim)`` to ``(B, num_classes, H, W)`` or one per token."""
         if self.mlp is not None:
             x = x + self.mlp(x)
         return self.head(self.drop(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _check_backbone(backbone: object) -> None:
-    if not isinstance(backbone, EquivariantVisionTransformer):
-        raise TypeError(f"backbone={type(backbone).__name__} is no EquivariantVisionTransformer, which Segmenter needs")
-    if backbone.design != "equivariant":
-        raise ValueError(
-            f"backbone has design={backbone.design!r}, whose last blocks are not equivariant; use design='equivariant'"
-        )
-    if not isinstance(backbone.patch_drop, nn.Identity):
-        raise ValueError(
-            f"backbone has patch_drop_rate={backbone.patch_drop.prob}, but a map needs every patch; use 0.0"
-        )

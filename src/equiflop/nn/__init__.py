@@ -23,6 +23,7 @@ from equiflop.nn.pos_embed import PositionEmbedding, act_on_channels
 from equiflop.nn.position import PositionBias, RotaryPositions
 from equiflop.nn.several import LinearFromSeveral, LinearToSeveral
 from equiflop.nn.spatial import ToSpatial
+from equiflop.nn.tied_conv import TiedBatchNorm2d, TiedConv2d
 from equiflop.nn.token_mixing import TokenMixing
 
 __all__ = [
@@ -53,6 +54,8 @@ __all__ = [
     "RmsNorm",
     "RotaryPositions",
     "SetLinear",
+    "TiedBatchNorm2d",
+    "TiedConv2d",
     "TiedNorm",
     "ToSpatial",
     "TokenMixing",
