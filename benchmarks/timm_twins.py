@@ -102,9 +102,10 @@ def small_keywords(name: str) -> dict[str, Any]:
     keywords: dict[str, Any] = {} if naflex else {"img_size": 4 * plain.patch_embed.patch_size[0]}
     attention = getattr(plain.blocks[0], "attn", None)
     key_heads = [getattr(block.attn, "num_kv_heads", 0) for block in plain.blocks] if attention is not None else []
-    if not key_heads or len(set(key_heads)) == 1:
-        keywords["depth"] = 2
-    if sum(p.numel() for p in plain.blocks[0].parameters()) > LARGEST or "depth" not in keywords:
+    keywords["depth"] = 2
+    if len(set(key_heads)) > 1:  # one entry per block
+        keywords["num_kv_heads"] = (min(key_heads), max(key_heads))
+    if sum(p.numel() for p in plain.blocks[0].parameters()) > LARGEST:
         keywords |= {"embed_dim": 32 * plain.blocks[0].attn.num_heads, "mlp_ratio": 4.0}
     return keywords
 
@@ -210,8 +211,8 @@ def checks(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "Every network that is built, in float64, with two blocks and four patches by four (the largest ones 32\n"
         "channels a head wide): the largest relative error of logits and features under all elements of the group,\n"
-        "and of the logits against the plain network's where the group has one element and the twin the plain weights,\n"
-        "so that nothing was dropped.\n",
+        "and of the logits against the plain network's where the group has one element and the twin the plain\n"
+        "weights, so that nothing was dropped.\n",
         "| what | networks | largest relative error |\n| --- | ---: | ---: |",
     ]
     for key, what in (("flop error", "flop"), ("octic error", "octic"), ("plain error", "one element, plain weights")):

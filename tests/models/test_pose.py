@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -163,3 +168,59 @@ def test_measures_by_hand() -> None:
     first = (np.exp(-1 / 8) + np.exp(-9 / 8)) / 2
     assert similarity.tolist() == pytest.approx([first, 1.0])
     assert average_precision(torch.tensor([0.5, 1.0])) == pytest.approx((2 + 9) / 20)
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    path = Path(__file__).parents[2] / "examples" / "pose.py"
+    spec = importlib.util.spec_from_file_location("pose_example", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_figures_of_the_example(example: ModuleType) -> None:
+    """Drawn again alike from a seed; mirroring twice changes nothing; perfect answers have perfect scores."""
+    figures = example.draw_figures(20, seed=3)
+    assert torch.equal(figures.images, example.draw_figures(20, seed=3).images)
+    assert figures.images.shape == (20, 3, 64, 48) and figures.joints.shape == (20, 13, 2)
+    inside = (figures.joints > 0).all(-1) & (figures.joints < torch.tensor([48.0, 64.0])).all(-1)
+    assert inside.double().mean() > 0.95
+    everything = torch.ones(20, dtype=torch.bool)
+    twice = figures.mirrored(everything).mirrored(everything)
+    assert torch.equal(twice.images, figures.images)
+    torch.testing.assert_close(twice.joints, figures.joints)
+    nobody = figures.mirrored(~everything)
+    assert torch.equal(nobody.joints, figures.joints)
+
+    def knows(images: Tensor) -> Tensor:
+        """Heatmaps with their peaks where the joints are."""
+        mirrored = not torch.equal(images, figures.images[: len(images)])
+        joints = figures.mirrored(everything).joints if mirrored else figures.joints
+        return target_heatmaps(0.5 * joints - 0.5, torch.ones(20, 13, dtype=torch.bool), (32, 24), 1.0)
+
+    scores = example.evaluate(knows, figures)
+    assert scores["pck"] > 0.95 and scores["nearer_to_the_other_side"] < 0.05
+    assert scores["pixels_moved_by_mirroring"] < 0.2
+
+
+def test_figures_face_every_way(example: ModuleType) -> None:
+    """Left stands left of right as often as right of left: nothing but the way a figure faces tells them apart."""
+    joints = example.draw_figures(300, seed=1).joints
+    left_is_left = (joints[:, 1, 0] < joints[:, 2, 0]).double().mean()
+    assert 0.4 < left_is_left < 0.6
+
+
+@pytest.mark.slow
+def test_example_runs(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    output, figure = tmp_path / "results.json", tmp_path / "figure.png"
+    monkeypatch.setattr(sys, "argv", ["pose.py", "--quick", "--output", str(output), "--figure", str(figure)])
+    example.main()
+    networks = json.loads(output.read_text())["networks"]
+    plain, twice, ours = (networks[name] for name in ("plain ViT", "plain ViT, flip test", "E(ViT) flop"))
+    assert ours["scores"]["pixels_moved_by_mirroring"] < 0.1 < plain["scores"]["pixels_moved_by_mirroring"]
+    assert twice["macs"] == 2 * plain["macs"] and ours["macs"] < plain["macs"]
+    assert figure.read_bytes()[:4] == b"\x89PNG"
