@@ -188,3 +188,18 @@ def test_a_token_stays_invariant_under_an_optimiser() -> None:
         made(images(made, dtype=torch.float64)).square().mean().backward()
         optimiser.step()
     assert equiflop.check(made, randomize=False).max_error < 1e-12
+
+
+@pytest.mark.parametrize("group", ["flop", "rot4"])
+@pytest.mark.parametrize("name", ["vit_giant_patch14_dinov2", "aimv2_large_patch14_224", "eva02_base_patch14_224"])
+def test_gates_start_as_in_timm(name: str, group: str) -> None:
+    """Gates of a fresh network: one for ViTs with biases, nothing for those without, in EVA like other linear maps."""
+    options: dict[str, Any] = {"img_size": 42, "embed_dim": 64, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0}
+    x = torch.randn(5, 64)
+    gates = []
+    for network in (timm.create_model(name, **options), twin(name, group, **options)):
+        mlp = network.blocks[0].mlp
+        gate = mlp.fc1_g(x) if hasattr(mlp, "fc1_g") else mlp.fc1(x).chunk(2, dim=-1)[1]
+        gates.append((gate.mean().item(), gate.std().item()))
+    assert gates[0][0] == pytest.approx(gates[1][0], abs=2e-2)
+    assert (gates[0][1] < 1e-3) == (gates[1][1] < 1e-3) == (not name.startswith("eva"))

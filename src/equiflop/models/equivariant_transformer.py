@@ -13,7 +13,7 @@ from equiflop.groups import Rep
 from equiflop.image_group import ImageGroup
 from equiflop.models.classifier import replace_classifier
 from equiflop.models.image_size import check_image_size
-from equiflop.models.initialise import init_linears, reset_all
+from equiflop.models.initialise import init_linears, open_gates, reset_all
 from equiflop.models.substitution import Substitution, check_untouched
 from equiflop.nn import Invariants, PatchEmbed, PositionEmbedding
 from equiflop.nn.attention import Heads
@@ -56,6 +56,8 @@ class EquivariantTransformer(_Base):
     fit_checkpoint = staticmethod(fit_checkpoint)
     #: Modules of the network itself that are replaced by a rule of their own; all others by their class.
     own_parts: tuple[str, ...] = ("head", "head_drop", "rope")
+    #: Whether gated MLPs start with open gates.
+    opens_gates: ClassVar[bool] = True
     #: timm's keyword for the norm behind the pooling.
     fc_norm_keyword: ClassVar[str] = "fc_norm"
 
@@ -182,6 +184,8 @@ class EquivariantTransformer(_Base):
             for block in self.blocks:
                 if hasattr(block, "init_weights"):
                     block.init_weights()
+            if self.opens_gates:
+                open_gates(self)
         field = self._modules.get("pos_embed")
         if isinstance(field, PositionEmbedding):
             field.reset_parameters(self.token_std)

@@ -448,10 +448,11 @@ class Substitution:
             else:
                 made = self.residual(part, where)
             setattr(block, name, made)
-        self._lambdas_or_none(block, path)
+        self._parallel_parameters(block, path)
         return block
 
-    def _lambdas_or_none(self, block: Any, path: str) -> None:
+    def _parallel_parameters(self, block: Any, path: str) -> None:
+        """Parameters that a parallel block holds itself."""
         order = self.rep.group.order
         block.copies = order
         diff = isinstance(block, DiffParallelScalingBlock)

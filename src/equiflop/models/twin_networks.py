@@ -61,6 +61,7 @@ class EquivariantEva(EquivariantTransformer, Eva):
     rope: Any
 
     fix_init = True
+    opens_gates = False
     fc_norm_keyword = "use_fc_norm"
 
     def substitute(self, parts: Substitution) -> None:
@@ -96,6 +97,7 @@ class EquivariantBeit(EquivariantTransformer, Beit):
     """E(X) of BEiT."""
 
     fix_init = True
+    opens_gates = False
     fc_norm_keyword = "use_fc_norm"
     no_embed_class = False
     cls_token = tied("cls_token", invariant_channels)
