@@ -9,6 +9,7 @@ in float64 with two blocks and a small image (about 25 minutes on two cores).
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.eva import Eva
 
 import equiflop
 from equiflop.models.twin import twin
@@ -99,11 +101,14 @@ def small_keywords(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         plain = timm.create_model(name)
     naflex = hasattr(plain, "embeds")
-    keywords: dict[str, Any] = {} if naflex else {"img_size": 4 * plain.patch_embed.patch_size[0]}
+    # timm resamples position embeddings in float32: the grid is that of the image
+    keywords: dict[str, Any] = (
+        {"pos_embed_grid_size": (4, 4)} if naflex else {"img_size": 4 * plain.patch_embed.patch_size[0]}
+    )
     attention = getattr(plain.blocks[0], "attn", None)
     key_heads = [getattr(block.attn, "num_kv_heads", 0) for block in plain.blocks] if attention is not None else []
     keywords["depth"] = 2
-    if len(set(key_heads)) > 1:  # one entry per block
+    if isinstance(plain, Eva) and all(key_heads):  # one entry per block
         keywords["num_kv_heads"] = (min(key_heads), max(key_heads))
     if sum(p.numel() for p in plain.blocks[0].parameters()) > LARGEST:
         keywords |= {"embed_dim": 32 * plain.blocks[0].attn.num_heads, "mlp_ratio": 4.0}
@@ -158,14 +163,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/twins.md"), help="Markdown file to write")
     parser.add_argument("--jobs", type=int, default=2, help="networks that are examined at the same time")
+    parser.add_argument("--state", type=Path, help="file of lines of JSON in which an interrupted run goes on")
     arguments = parser.parse_args()
     names = {module: timm.list_models(module=module) for module in MODULES}
-    tasks = [name for found in names.values() for name in found]
     results: dict[str, dict[str, Any]] = {}
+    if arguments.state and arguments.state.exists():
+        results = dict(json.loads(line) for line in arguments.state.read_text().splitlines())
+    tasks = [name for found in names.values() for name in found if name not in results]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=20) as pool:
         for name, found in zip(tasks, pool.imap(examine, tasks), strict=True):
             results[name] = found
             print(name, found, file=sys.stderr, flush=True)
+            if arguments.state:
+                with arguments.state.open("a") as file:
+                    file.write(json.dumps([name, found]) + "\n")
         costs = pool.map(cost_row, WELL_KNOWN)
     command = f"python benchmarks/timm_twins.py --output {arguments.output}"
     sections = [

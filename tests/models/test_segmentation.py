@@ -444,6 +444,8 @@ def test_bad_input() -> None:
     backbone = small_backbone(num_classes=10)
     with pytest.raises(ValueError, match="num_classes"):
         Segmenter(backbone, -1)
+    with pytest.raises(ValueError, match="mlp_ratio"):
+        Segmenter(backbone, 2, mlp_ratio=0.1)
     assert isinstance(backbone.head, nn.Linear), "a refused backbone keeps its classifier"
     with pytest.raises(ValueError, match="does not match img_size"):
         small_segmenter()(torch.zeros(1, 3, 20, 20, dtype=torch.float64))

@@ -310,6 +310,10 @@ def test_overrides_replace_what_was_read() -> None:
         twin("eva02_small_patch14_224", design="hybrid")
     with pytest.raises(ValueError, match="override depth=3 is for names of networks"):
         twin(tiny(), depth=3)
+    with pytest.raises(ValueError, match=r"override norm_epss=1 is unknown; did you mean norm_eps\?"):
+        twin(tiny(), norm_epss=1)
+    with pytest.raises(ValueError, match="override img_size=48 is for names of networks"):
+        twin(small("naflexvit_base_patch16_gap"), img_size=48)
     with pytest.raises(ValueError, match="pretrained=True: weights of a plain network have no equivariant image"):
         twin("vit_small_patch16_224", pretrained=True)
 
@@ -472,6 +476,10 @@ def _hook(plain: Any) -> None:
     plain.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
+def _backward_hook(plain: Any) -> None:
+    plain.blocks[1].register_full_backward_hook(lambda module, inputs, outputs: None)
+
+
 def _weight_norm(plain: Any) -> None:
     nn.utils.parametrizations.weight_norm(plain.blocks[0].attn.qkv)
 
@@ -552,7 +560,8 @@ def _position_embedding_as_buffer(plain: Any) -> None:
         (_share_blocks, "module blocks.1 is shared with module blocks.0"),
         (_tie_weights, "parameter blocks.1.attn.proj.weight is shared with blocks.0.attn.proj.weight"),
         (_patch_method, "module blocks.0 has its own method 'forward'"),
-        (_hook, "module blocks.1.mlp has forward hooks"),
+        (_hook, "module blocks.1.mlp has hooks"),
+        (_backward_hook, "module blocks.1 has hooks"),
         (_weight_norm, "blocks.0.attn.qkv is a ParametrizedLinear where Linear is supported"),
         (_other_head, "module head is Sequential"),
         (_overlapping_patches, r"patch_embed.proj has stride=\(4, 4\) where \(8, 8\) is supported"),

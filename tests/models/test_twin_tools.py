@@ -31,11 +31,16 @@ NAMES = (
 every_kind = pytest.mark.parametrize("name", NAMES)
 
 
-def small(name: str, **options: Any) -> Any:
-    """A twin of three patches by three, two blocks deep, its parameters of order one."""
+def fresh(name: str, **options: Any) -> Any:
+    """A twin of three patches by three, two blocks deep."""
     patch = 14 if "patch14" in name else 16
     size: dict[str, Any] = {"pos_embed_grid_size": (3, 3)} if "naflex" in name else {"img_size": 3 * patch}
-    made = twin(name, **{"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 3.0, **size, **options})
+    return twin(name, **{"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 3.0, **size, **options})
+
+
+def small(name: str, **options: Any) -> Any:
+    """Its parameters of order one."""
+    made = fresh(name, **options)
     generator = torch.Generator().manual_seed(0)
     equiflop.checking.randomize_parameters(made, generator)
     return made.eval()
@@ -79,6 +84,44 @@ def test_the_twin_of_a_network_loads_again_where_timm_can_make_that_network(tmp_
     assert again.group.name == "updown"
     x = images(made)
     torch.testing.assert_close(again(x), made(x))
+
+
+def test_a_network_with_dropouts_and_one_that_was_changed(tmp_path: Path) -> None:
+    """The twin of what timm can make again loads; of what it cannot, saving keeps a name that does not load wrongly."""
+    options: dict[str, Any] = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False}
+    plain = timm.create_model("vit_small_patch16_224", drop_path_rate=0.1, global_pool="avg", **options)
+    with pytest.warns(equiflop.EquiflopWarning, match="untrained"):
+        made = twin(plain).eval()
+    timm.models.save_for_hf(made, tmp_path / "a")
+    again = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True).eval()
+    x = images(made)[..., :32, :32]
+    torch.testing.assert_close(again(x), made(x))
+    plain.pool_include_prefix = True
+    with pytest.warns(equiflop.EquiflopWarning, match="untrained"):
+        changed = twin(plain)
+    timm.models.save_for_hf(changed, tmp_path / "b")
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "deit_tiny_distilled_patch16_224", "eva02_base_patch14_224"])
+@pytest.mark.filterwarnings("ignore:loading weights of another model:equiflop.EquiflopWarning")
+def test_weights_of_another_image_size_and_other_classes(name: str, tmp_path: Path) -> None:
+    made = small(name, num_classes=5)
+    timm.models.save_for_hf(made, tmp_path)
+    side = made.embedding.patch_size[0]
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=4 * side, num_classes=3).eval()
+    assert again(torch.randn(1, 3, 4 * side, 4 * side)).shape == (1, 3)
+    assert equiflop.check(again.double(), randomize=False).max_error < 1e-12
+
+
+@every_kind
+def test_made_without_memory_and_given_its_weights(name: str) -> None:
+    made = small(name)
+    empty = fresh(name, device="meta")
+    empty.load_state_dict(made.state_dict(), assign=True)
+    x = images(made)
+    torch.testing.assert_close(empty.eval()(x), made(x))
 
 
 @every_kind
@@ -203,3 +246,24 @@ def test_gates_start_as_in_timm(name: str, group: str) -> None:
         gates.append((gate.mean().item(), gate.std().item()))
     assert gates[0][0] == pytest.approx(gates[1][0], abs=2e-2)
     assert (gates[0][1] < 1e-3) == (gates[1][1] < 1e-3) == (not name.startswith("eva"))
+
+
+def test_one_draw_of_rotary_positions_for_all_copies() -> None:
+    """Shifted and scaled positions in training: the same for the image and for the turned image."""
+    augment = {"rope_shift_coords": 0.5, "rope_jitter_coords": 1.5, "rope_rescale_coords": 2.0}
+    made = small("vit_small_patch16_dinov3", group="rot4", num_heads=4, embed_dim=64, **augment).double().train()
+    x = torch.randn(2, 3, 32, 64, dtype=torch.float64)
+    outputs = []
+    for view in (x, x.rot90(1, (-2, -1))):
+        torch.manual_seed(0)
+        outputs.append(made(view))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-10)
+
+
+def test_how_strong_tokens_start() -> None:
+    made = fresh("naflexvit_base_patch16_gap", token_std=1.0)
+    assert made.embeds.pos_embed()[0].std() > 0.5
+    post_norm = fresh("vit_base_patch16_rpn_224", init_values=1e-5)
+    assert (post_norm.blocks[0].norm1.weight == 1e-5).all()
+    parallel = timm.models.vision_transformer.ParallelScalingBlock
+    assert fresh("naflexvit_base_patch16_gap", block_fn=parallel, fix_init=True).fix_init

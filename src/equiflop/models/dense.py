@@ -48,6 +48,11 @@ class DenseModel(nn.Module):
         if isinstance(drops, PatchDropout | PatchDropoutWithIndices):
             raise ValueError(f"backbone has patch_drop_rate={drops.prob}, but a map needs every patch; use 0.0")
 
+    def drop_classifier(self) -> None:
+        """Take classifier and attention pooling, which a map has no use for, from the backbone."""
+        pools = getattr(self.backbone, "attn_pool", None) is not None
+        self.backbone.reset_classifier(0, "" if pools else None)
+
     @property
     def group(self) -> ImageGroup:
         """The group whose action the output follows."""
@@ -96,7 +101,9 @@ class DenseModel(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised patch tokens, ``(B, in_chans, H, W)`` to ``(B, H / p, W / p, embed_dim)``."""
         grid = self.backbone.embedding.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        tokens = self.backbone.fc_norm(self.backbone.forward_features(x))  # one of the two norms is an identity
+        tokens = self.backbone.fc_norm(
+            self.backbone.forward_features(x)
+        )  # most often one of the two norms is an identity
         return tokens[:, self.num_prefix_tokens :].unflatten(1, grid)
 
     def forward_head(self, x: Tensor) -> Tensor:

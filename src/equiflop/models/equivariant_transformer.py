@@ -181,11 +181,11 @@ class EquivariantTransformer(_Base):
             reset_all(self)
         if mode == "":
             init_linears(self, skip=("patch_embed", "embeds", "shared_rel_pos"))
-            for block in self.blocks:
-                if hasattr(block, "init_weights"):
-                    block.init_weights()
             if self.opens_gates:
                 open_gates(self)
+        for block in self.blocks:  # norms behind a branch, which start small
+            if hasattr(block, "init_weights"):
+                block.init_weights()
         field = self._modules.get("pos_embed")
         if isinstance(field, PositionEmbedding):
             field.reset_parameters(self.token_std)
@@ -196,7 +196,8 @@ class EquivariantTransformer(_Base):
     def fix_init_weight(self) -> None:
         """Scale the last linear map of every branch by ``1 / sqrt(2 * layer)``."""
         for layer, block in enumerate(self.blocks, start=1):
-            for linear in (block.attn.proj, block.mlp.fc2):
+            names = ("attn.proj", "mlp.fc2", "attn_out_proj", "mlp_out_proj")
+            for linear in (part for name, part in block.named_modules() if name in names):
                 for parameter in linear.parameters():
                     if parameter.ndim == 2:
                         parameter.div_(math.sqrt(2.0 * layer))

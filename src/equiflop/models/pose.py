@@ -143,7 +143,7 @@ class PoseEstimator(DenseModel):
                 layers += [TiedBatchNorm2d(inner, order, **dd), nn.ReLU()]
             last = TiedConv2d(self.group, copies, points, inner, 1, 1, **dd)
         self.head = nn.Sequential(*layers, last)
-        self.backbone.reset_classifier(0)
+        self.drop_classifier()
         self.reset_head()
 
     def reset_head(self) -> None:

@@ -125,7 +125,6 @@ class Segmenter(DenseModel):
             raise ValueError(f"resolution={resolution!r} is unknown; choose from {', '.join(get_args(Resolution))}")
         if mlp_ratio < 0:
             raise ValueError(f"mlp_ratio={mlp_ratio} is negative; use 0 for no MLP")
-        self.backbone.reset_classifier(0)
         self.num_classes = num_classes
         self.resolution = resolution
         self.output_rep = Rep.trivial(backbone.group, num_classes)  # read by equiflop.check
@@ -139,6 +138,7 @@ class Segmenter(DenseModel):
         patch_size = self.backbone.embedding.patch_size if resolution == "pixels" else (1, 1)
         self.head = PatchDecoder(self.rep, self.group, patch_size, num_classes, **dd)
         self._init_mlp()
+        self.drop_classifier()
 
     def init_weights(self) -> None:
         """Initialise backbone and head anew."""

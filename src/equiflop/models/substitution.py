@@ -503,6 +503,8 @@ class Substitution:
                 "dynamic_img_pad=True pads one side only, which breaks the symmetry; pad or resize the image"
             )
         proj, patch = embeds.proj, embeds.patch_size
+        if embeds.pos_embed is not None and not embeds.pos_embed.requires_grad and proj.weight.requires_grad:
+            raise ValueError("fixed position embedding (pos_embed requires no gradient); that of a twin is learned")
         if isinstance(proj, nn.Conv2d):
             _check_patches(proj, f"{path}.proj", patch, self.rep.dim)
         else:
@@ -577,8 +579,9 @@ def _changes(network: nn.Module) -> Iterator[str]:
         if id(module) in seen and any(True for _ in module.parameters()):
             yield f"{where} is shared with {seen[id(module)]}"
         seen[id(module)] = where
-        if module._forward_hooks or module._forward_pre_hooks:
-            yield f"{where} has forward hooks, which a twin cannot take over"
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks):
+            yield f"{where} has hooks, which a twin cannot take over"
         for key in module.__dict__:
             if callable(getattr(type(module), key, None)):
                 yield f"{where} has its own method {key!r}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from equiflop.kernels.layout import per_channel
 
@@ -22,15 +23,19 @@ View = Callable[[Any, Any], Tensor]
 class tied(property):  # noqa: N801  (used like property)
     """A parameter, or a module that makes one, seen through a function.
 
+    What is read is made anew each time: write to what is stored, ``module.get_parameter(name)``.
+
     Args:
         name: under which it is stored, that of the attribute.
         view: from the owner and what is stored to what is read.
     """
 
     def __init__(self, name: str, view: View) -> None:
-        def read(owner: Any) -> Tensor | None:
+        def read(owner: Any) -> Any:
             stored = nn.Module.__getattr__(owner, name)
-            return None if stored is None else view(owner, stored)
+            if stored is None or isinstance(stored, Proxy):  # a symbolic trace reads the attribute once more, whole
+                return stored
+            return view(owner, stored)
 
         super().__init__(read)
         self.name = name

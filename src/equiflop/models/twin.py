@@ -53,8 +53,10 @@ def twin(
     head and dropouts; a part without an equivariant counterpart is refused rather than approximated. X is of timm's
     class ``VisionTransformer``, ``VisionTransformerDistilled``, ``Eva``, ``Beit``, ``VisionTransformerRelPos`` or
     ``NaFlexVit`` (for images). Weights are not carried over: those of a plain network have no equivariant image. The
-    twin is initialised as :class:`EquivariantVisionTransformer` is, whatever X was initialised by. For the names of
-    plain ResMLP and ConvNeXt networks that have a registered twin ("convnext_tiny"), it is that one.
+    twin is initialised as :class:`EquivariantVisionTransformer` is, whatever X was initialised by, and all of it
+    trains. A folder for the hub loads again where timm makes X by its name and keywords, and the group has a name.
+
+    For the names of plain ResMLP and ConvNeXt networks that have a registered twin ("convnext_tiny"), it is that one.
 
     Args:
         model: a name that timm knows (built without memory), or a network, which is left as it is. The twin of a
@@ -149,16 +151,20 @@ def _twin_of_network(
     _check_class(plain, name)
     own, of_plain = _split(plain, overrides)
     try:
-        if "img_size" in of_plain:
+        if "img_size" in of_plain and hasattr(plain, "set_input_size"):
             plain.set_input_size(img_size=of_plain.pop("img_size"))
         if "num_classes" in of_plain or "global_pool" in of_plain:
             plain.reset_classifier(of_plain.pop("num_classes", plain.num_classes), of_plain.pop("global_pool", None))
     except AssertionError as error:
         raise _refusal(name, str(error)) from error
     for key, value in of_plain.items():
+        known_keys = ("img_size", "num_classes", "global_pool", *_own_keywords(plain))
+        close = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.8)
+        if close and close[0] != key:
+            raise ValueError(f"override {key}={value!r} is unknown; did you mean {close[0]}?")
         raise ValueError(
-            f"override {key}={value!r} is for names of networks; of a network itself "
-            f"{', '.join(('img_size', 'num_classes', 'global_pool', *_own_keywords(plain)))} can be replaced"
+            f"override {key}={value!r} is for names of networks; of a network itself {', '.join(known_keys)} can be "
+            "replaced where it takes them"
         )
     args = _made_by_timm(network, known)
     weight = next(network.parameters())
@@ -251,18 +257,30 @@ def _split(network: nn.Module, overrides: dict[str, Any]) -> tuple[dict[str, Any
     return own, {key: value for key, value in overrides.items() if key not in known}
 
 
-def _made_by_timm(network: nn.Module, name: str | None) -> dict[str, Any] | None:
+def _made_by_timm(network: Any, name: str | None) -> dict[str, Any] | None:
     """The keywords with which timm makes this very architecture; None where it was changed since or is not timm's."""
     if name is None or not timm.is_model(name) or not hasattr(network, "_model_args"):
         return None
-    args = dict(get_model_args(network))
+    made_with = {key: value for key, value in network._model_args.items() if value is not None}
+    args = {**made_with, **get_model_args(network)}  # the latter leaves out what acts in training alone
     args.pop("pretrained_cfg", None)
     try:
         again = _plain(name, args)
     except ValueError:
         return None
     shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (network, again)]
-    return args if repr(network) == repr(again) and shapes[0] == shapes[1] else None
+    same = repr(network) == repr(again) and shapes[0] == shapes[1] and _settings(network) == _settings(again)
+    return args if same else None
+
+
+def _settings(network: nn.Module) -> list[dict[str, Any]]:
+    """Numbers, words and truth values that modules hold, of those that change what a network computes."""
+    plain = (bool, int, float, str)
+    ignored = ("training", "fused_attn", "grad_checkpointing")
+    return [
+        {key: value for key, value in vars(module).items() if isinstance(value, plain) and key not in ignored}
+        for module in network.modules()
+    ]
 
 
 def _build(
@@ -342,7 +360,7 @@ def _input_cfg(network: Any, architecture: str, cfg: Any) -> dict[str, Any]:
         "fixed_input_size": embed.strict_img_size,
         "num_classes": network.num_classes,
         "first_conv": None,
-        "classifier": "head",
+        "classifier": ("head", "head_dist") if hasattr(network, "head_dist") else "head",
     }
 
 
@@ -364,7 +382,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def equiflop_twin(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Twins by timm's registry, as folders of the hub load: ``plain`` names the plain network."""
-    of_features = ("features_only", "out_indices", "feature_cfg")
+    of_features = ("features_only", "out_indices", "feature_cls", "cache_dir")  # what timm's builder takes
     features: dict[str, Any] = {key: kwargs.pop(key) for key in of_features if key in kwargs}
     if pretrained and not kwargs.get("pretrained_cfg"):
         raise ValueError("pretrained=True: there are no weights of twins to download")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from equiflop.image_group import ImageGroup
 from equiflop.models.tied import invariant_channels, same_copies, spread_channels, tied
+from equiflop.nn.fit import warn_of_fit
 from equiflop.nn.linear import Linear
-from equiflop.nn.position import bias_of_copies
+from equiflop.nn.position import bias_of_copies, fit_table
 
 
 @torch.no_grad()
@@ -69,6 +70,14 @@ class TwinBeitAttention(BeitAttention):
     def reset_parameters(self) -> None:
         fill(self, 0.0, "q_bias", "v_bias", "relative_position_bias_table")
         self._init_buffers()
+
+    def fit_weights(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Fit the table of another grid of tokens within a state dict; see :func:`equiflop.nn.fit.fit_checkpoint`."""
+        return fit_table(self._parameters["relative_position_bias_table"], self.window_size, state, prefix)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        warn_of_fit(self.fit_weights(state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _get_rel_pos_bias(self) -> Tensor:
         return bias_of_copies(super()._get_rel_pos_bias(), self.group, tuple(self.window_size), prefix=1)

@@ -99,7 +99,6 @@ class EquivariantBeit(EquivariantTransformer, Beit):
     fix_init = True
     opens_gates = False
     fc_norm_keyword = "use_fc_norm"
-    no_embed_class = False
     cls_token = tied("cls_token", invariant_channels)
     pos_embed = tied("pos_embed", made_by)
     rel_pos_bias: Any
@@ -168,6 +167,11 @@ class EquivariantNaFlexVit(EquivariantTransformer, NaFlexVit):
                 parts.choose_heads(block.attn.num_heads, f"blocks.{i}.attn", per_head=True)
             self.rope = parts.rotary(self.rope, "rope", self.blocks[0].attn.num_heads, None)
         super().substitute(parts)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        super().init_weights(mode, needs_reset)
+        if self.embeds.pos_embed is not None:
+            self.embeds.pos_embed.reset_parameters(self.token_std)
 
     @property
     def embedding(self) -> PatchEmbed:

@@ -75,6 +75,14 @@ def settle_constants(model: nn.Module, incompatible_keys: object = None) -> None
         return
     device, dtype = kinds.pop()
     for module in model.modules():
+        own = module._buffers.items()
+        empty = {name: buffer for name, buffer in own if buffer is not None and buffer.is_meta}
+        if empty and device.type != "meta" and not isinstance(module, FixedTensors):  # timm's constants
+            fill = getattr(module, "init_non_persistent_buffers", None)
+            if callable(fill):
+                for name, buffer in empty.items():
+                    module._buffers[name] = torch.empty_like(buffer, device=device)
+                fill()
         if isinstance(module, FixedTensors) and device.type != "meta":
             buffers = [module.get_buffer(name) for name in module._fixed_sources]
             if any(b.device != device or (b.is_floating_point() and b.dtype != dtype) for b in buffers):

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import resize_rel_pos_bias_table
 from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import handle_torch_function, has_torch_function
 
 from equiflop.image_group import ImageGroup
+from equiflop.nn.fit import warn_of_fit
 
 
 def seen_by_copies(group: ImageGroup, tables: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
@@ -107,8 +109,12 @@ def _on_any_grid(rows: int, columns: int, dtype: torch.dtype | None, module: Rot
     """One step of a symbolic trace, since turned grids are another table."""
     if has_torch_function((rows, columns)):
         return handle_torch_function(_on_any_grid, (rows, columns), rows, columns, dtype, module)
+    draws = module.training and getattr(module.rope, "aug_active", False)
+    state = torch.get_rng_state() if draws else None
     tables = [module._table((rows, columns), dtype)]
     if module.turns and not statically_known_true(rows == columns):
+        if state is not None:  # the same shift and scale for all copies
+            torch.set_rng_state(state)
         tables.append(module._table((columns, rows), dtype))
     return module._seen(tables, (rows, columns))
 
@@ -140,6 +146,15 @@ class PositionBias(nn.Module):
         """Another grid from now on; see timm."""
         self.bias.set_window_size(window_size)
 
+    def fit_weights(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Fit the table of another grid of tokens within a state dict; see :func:`equiflop.nn.fit.fit_checkpoint`."""
+        table = getattr(self.bias, "relative_position_bias_table", None)
+        return fit_table(table, self.window_size, state, f"{prefix}bias.")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        warn_of_fit(self.fit_weights(state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def get_bias(self) -> Tensor:
         """Shape ``(1, heads, N, N)``, copy after copy."""
         return bias_of_copies(self.bias.get_bias(), self.group, self.window_size, self.prefix)
@@ -163,3 +178,17 @@ def bias_of_copies(bias: Tensor, group: ImageGroup, grid: tuple[int, int], prefi
         seen = torch.cat([front, move(tokens).flatten()])
         copies.append(bias.index_select(-2, seen).index_select(-1, seen))
     return torch.cat(copies, dim=-3)
+
+
+def fit_table(own: Tensor | None, window: tuple[int, int], state: dict[str, Any], prefix: str) -> str | None:
+    """Resample the table of a relative position bias of another, square grid within a state dict, as timm does.
+
+    Returns:
+        what was done, or None if nothing had to be.
+    """
+    key = f"{prefix}relative_position_bias_table"
+    table = state.get(key)
+    if own is None or not isinstance(table, Tensor) or table.shape == own.shape or table.shape[1:] != own.shape[1:]:
+        return None
+    state[key] = resize_rel_pos_bias_table(table, tuple(window), tuple(own.shape))
+    return f"relative position bias resampled to {window[0]}x{window[1]} tokens"
