@@ -613,14 +613,15 @@ def test_all_names_of_timm(group: str) -> None:
     refusals = {}
     names = [name for module in MODULES for name in timm.list_models(module=module)]
     for name in names:
+        options: dict[str, Any] = {} if "sapiens2" in name else {"depth": 2}  # those have one entry per block
         try:
-            made = twin(name, group, depth=2, device="meta")
+            made = twin(name, group, device="meta", **options)
         except ValueError as error:
             refusals[name] = str(error)
             continue
         built.append(name)
         with torch.device("meta"):
-            plain = timm.create_model(name, depth=2)
+            plain = timm.create_model(name, **options)
         size = image_size(plain)
         cost, plain_cost = equiflop.macs(made, size), equiflop.macs(plain, size)
         assert cost == expected_macs(plain, group) and cost < plain_cost, name
