@@ -73,7 +73,7 @@ def test_the_decoder_is_the_one_of_vitpose() -> None:
     """With the weights of its own kernel a plain decoder in the group's basis gives the same heatmaps."""
     model = estimator(decoder="simple")
     tokens = torch.randn(1, 4, 4, 16, dtype=torch.float64)
-    copies = model.to_copies(tokens).flatten(-2).permute(0, 3, 1, 2)
+    copies = model.to_copies(tokens).permute(0, 3, 1, 2)
     plain = nn.Sequential(
         nn.ReLU(), nn.UpsamplingBilinear2d(scale_factor=4), nn.Conv2d(16, 17, 3, padding=1, bias=False)
     ).double()

@@ -125,7 +125,6 @@ def fill(made: Any, plain: Any, group: ImageGroup) -> None:
     """Put the plain network's parameters into every copy of the twin."""
     copies = Copies(group)
     left = dict(plain.state_dict())
-    done = set()
     for path, module in made.named_modules():
         at = f"{path}." if path else ""
         if isinstance(module, enn.PatchEmbed):
@@ -161,9 +160,6 @@ def fill(made: Any, plain: Any, group: ImageGroup) -> None:
         elif path in ("head", "head_dist"):
             module.weight.copy_(left.pop(f"{at}weight") / group.order**0.5)
             module.bias.copy_(left.pop(f"{at}bias"))
-        else:
-            continue
-        done.add(path)
     stored = dict(made.named_parameters())
     for key, value in left.items():
         for name in (key, key.replace("rope.", "rope.rope."), key.replace("rel_pos.", "rel_pos.bias.")):

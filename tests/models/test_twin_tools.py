@@ -139,8 +139,6 @@ def test_deep_copies_and_state_dicts(name: str) -> None:
 @every_kind
 def test_features_by_a_symbolic_trace(name: str) -> None:
     made = small(name)
-    if "naflex" in name:
-        pytest.skip("timm traces no NaFlexVit")
     x = images(made)
     outputs = FeatureGraphNet(made, (0, 1))(x)
     seen: list[Tensor] = []

@@ -101,9 +101,8 @@ class DenseModel(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised patch tokens, ``(B, in_chans, H, W)`` to ``(B, H / p, W / p, embed_dim)``."""
         grid = self.backbone.embedding.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        tokens = self.backbone.fc_norm(
-            self.backbone.forward_features(x)
-        )  # most often one of the two norms is an identity
+        # most often one of the two norms is an identity
+        tokens = self.backbone.fc_norm(self.backbone.forward_features(x))
         return tokens[:, self.num_prefix_tokens :].unflatten(1, grid)
 
     def forward_head(self, x: Tensor) -> Tensor:

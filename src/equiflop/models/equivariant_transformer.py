@@ -14,7 +14,7 @@ from equiflop.image_group import ImageGroup
 from equiflop.models.classifier import replace_classifier
 from equiflop.models.image_size import check_image_size
 from equiflop.models.initialise import init_linears, open_gates, reset_all
-from equiflop.models.substitution import Substitution, check_untouched
+from equiflop.models.substitution import Substitution, check_learned, check_untouched
 from equiflop.nn import Invariants, PatchEmbed, PositionEmbedding
 from equiflop.nn.attention import Heads
 from equiflop.nn.fit import fit_checkpoint
@@ -55,7 +55,7 @@ class EquivariantTransformer(_Base):
     invariant_output = True
     fit_checkpoint = staticmethod(fit_checkpoint)
     #: Modules of the network itself that are replaced by a rule of their own; all others by their class.
-    own_parts: tuple[str, ...] = ("head", "head_drop", "rope")
+    own_parts: tuple[str, ...] = ("head", "head_drop")
     #: Whether gated MLPs start with open gates.
     opens_gates: ClassVar[bool] = True
     #: timm's keyword for the norm behind the pooling.
@@ -106,9 +106,7 @@ class EquivariantTransformer(_Base):
             for name, value in values.items():
                 if value is not None and (name not in known or kind == "buffer"):
                     raise ValueError(f"{kind} {name} has no equivariant counterpart")
-        field = self._parameters.get("pos_embed")
-        if field is not None and not field.requires_grad and any(p.requires_grad for p in self.blocks.parameters()):
-            raise ValueError("fixed position embedding (pos_embed requires no gradient); that of a twin is learned")
+        check_learned(self._parameters.get("pos_embed"), any(p.requires_grad for p in self.blocks.parameters()))
 
     def substitute(self, parts: Substitution) -> None:
         """Put equivariant parts in the places of plain ones."""
@@ -116,10 +114,7 @@ class EquivariantTransformer(_Base):
         for name, child in list(self.named_children()):
             if name not in self.own_parts:
                 setattr(self, name, parts.residual(child, name))
-        for name in TOKENS:
-            token = self._parameters.get(name)
-            if token is not None:
-                parts.tie(self, name, 1, token.shape[1], self.rep.multiplicities[0])
+        parts.tie_tokens(self, *TOKENS)
         if embedding is not None:
             grid = self.patch_embed.grid_size
             prefix = embedding.shape[1] - grid[0] * grid[1]
@@ -191,6 +186,11 @@ class EquivariantTransformer(_Base):
             field.reset_parameters(self.token_std)
         if getattr(self, "fix_init", False):
             self.fix_init_weight()
+        small = getattr(self, "head_init_scale", None)  # EVA and BEiT start with a small classifier
+        if small and isinstance(self.head, nn.Linear):
+            with torch.no_grad():
+                for parameter in self.head.parameters():
+                    parameter.mul_(small)
 
     @torch.no_grad()
     def fix_init_weight(self) -> None:

@@ -19,7 +19,7 @@ from equiflop.groups import Action
 from equiflop.image_group import ImageGroup
 from equiflop.models.dense import DenseModel
 from equiflop.models.equivariant_transformer import EquivariantTransformer
-from equiflop.nn import ToSpatial
+from equiflop.models.transition import ToRegular
 from equiflop.nn.tied_conv import TiedBatchNorm2d, TiedConv2d, copies_of
 
 #: The decoders of ViTPose (arXiv 2204.12484, section 3.1): ``simple``, a rectifier, bilinear upsampling four times and
@@ -129,7 +129,7 @@ class PoseEstimator(DenseModel):
         self.output_rep = joints  # read by equiflop.check
         weight = next(self.backbone.parameters())
         dd: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        self.to_copies = ToSpatial(rep, **dd)
+        self.to_copies = ToRegular(rep, **dd)
         copies = copies_of(self.group)
         points = np.stack([joints.matrices[a].argmax(axis=0) for a in range(order)])
         width, inner = rep.dim // order, hidden // order
@@ -160,8 +160,7 @@ class PoseEstimator(DenseModel):
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Patch tokens ``(B, H / p, W / p, embed_dim)`` to heatmaps ``(B, num_joints, 4 * H / p, 4 * W / p)``."""
-        copies = self.to_copies(x).flatten(-2)
-        return self.head(copies.permute(0, 3, 1, 2).contiguous())
+        return self.head(self.to_copies(x).permute(0, 3, 1, 2).contiguous())
 
 
 def target_heatmaps(joints: Tensor, visible: Tensor, size: tuple[int, int], sigma: float = 2.0) -> Tensor:

@@ -105,7 +105,7 @@ class Substitution:
         """
         rule = _RULES.get(type(module))
         if rule is None:
-            raise ValueError(f"{path} is a {type(module).__name__}, which has no equivariant counterpart")
+            raise _no_counterpart(module, path)
         return rule(self, module, path)
 
     def children(self, module: nn.Module, path: str) -> None:
@@ -132,6 +132,13 @@ class Substitution:
         if module._parameters.get(name) is not None:
             module._parameters[name] = nn.Parameter(torch.empty(shape, **self._like(module._parameters[name])))
 
+    def tie_tokens(self, module: nn.Module, *names: str) -> None:
+        """Class and register tokens of invariant channels."""
+        for name in names:
+            token = module._parameters.get(name)
+            if token is not None:
+                self.tie(module, name, 1, token.shape[1], self.rep.multiplicities[0])
+
     def field(self, grid: tuple[int, int], prefix: int) -> enn.PositionEmbedding:
         """A learned position embedding."""
         return enn.PositionEmbedding(self.rep, self.group, grid, prefix, **self.dd)
@@ -139,10 +146,7 @@ class Substitution:
     def patch_embed(self, embed: PatchEmbed, path: str) -> enn.PatchEmbed:
         """Patch embedding, with the norm behind it."""
         _only(embed, path, modules=("proj", "norm"))
-        if embed.dynamic_img_pad:
-            raise ValueError(
-                "dynamic_img_pad=True pads one side only, which breaks the symmetry; pad or resize the image"
-            )
+        _check_no_padding(embed)
         conv = embed.proj
         _check_patches(conv, f"{path}.proj", embed.patch_size, self.rep.dim)
         if embed.img_size is None or (not embed.flatten and embed.output_fmt not in ("NHWC", "NLC")):
@@ -164,7 +168,7 @@ class Substitution:
     def rotary(self, rope: nn.Module, path: str, num_heads: int, grid: tuple[int, int] | None) -> enn.RotaryPositions:
         """Rotary position embedding for heads that are regular."""
         if type(rope) not in (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope):
-            raise ValueError(f"{path} is a {type(rope).__name__}, which has no equivariant counterpart")
+            raise _no_counterpart(rope, path)
         per_copy = num_heads // self.rep.group.order
         if isinstance(rope, RotaryEmbeddingMixed):
             head_dim = rope.dim // rope.num_heads
@@ -181,7 +185,6 @@ class Substitution:
 
     def position_bias(self, bias: nn.Module, path: str, prefix: int) -> enn.PositionBias:
         """Relative position bias, learned or by a small MLP, for heads that are regular."""
-        order = self.rep.group.order
         if isinstance(bias, RelPosMlp):
             last = bias.mlp.fc2
             heads = self._per_copy(bias.num_heads, path)
@@ -190,11 +193,11 @@ class Substitution:
         elif isinstance(bias, RelPosBias | RelativePositionBias):
             rows, columns = bias.relative_position_bias_table.shape
             heads = self._per_copy(columns, path)
-            bias.relative_position_bias_table = nn.Parameter(torch.empty(rows, columns // order, device="meta"))
+            bias.relative_position_bias_table = nn.Parameter(torch.empty(rows, heads, device="meta"))
             if isinstance(bias, RelPosBias):
                 bias.bias_shape = (*bias.bias_shape[:2], heads)
         else:
-            raise ValueError(f"{path} is a {type(bias).__name__}, which has no equivariant counterpart")
+            raise _no_counterpart(bias, path)
         return enn.PositionBias(self.kept(bias), self.group, prefix)
 
     def _per_copy(self, num_heads: int, path: str) -> int:
@@ -281,7 +284,7 @@ class Substitution:
         if isinstance(module, nn.Identity):
             return module
         if type(module) not in _NORMS:
-            raise ValueError(f"{path} is a {type(module).__name__}, which has no equivariant counterpart")
+            raise _no_counterpart(module, path)
         _check_norm(module, path, channels)
         centred = not isinstance(module, RmsNorm)
         options: dict[str, Any] = {
@@ -302,7 +305,7 @@ class Substitution:
 
     def _block(self, block: Any, path: str) -> nn.Module:
         self.children(block, path)
-        _only(block, path, parameters=("gamma_1", "gamma_2"), modules=tuple(block._modules))
+        _only(block, path, ("gamma_1", "gamma_2"))
         kind = _TIED.get(type(block))
         if kind is not None:
             block.rep, block._layout = self.rep, layout_of(self.rep)
@@ -344,7 +347,7 @@ class Substitution:
             elif name == "rel_pos" and isinstance(attn, RelPosAttention):
                 made = self.position_bias(part, where, getattr(part, "prefix_tokens", 0))
             else:
-                raise ValueError(f"{where} is a {type(part).__name__}, which has no equivariant counterpart")
+                raise _no_counterpart(part, where)
             setattr(attn, name, made)
         if kv_heads != attn.num_heads:
             for name in ("k_proj", "v_proj"):
@@ -358,7 +361,7 @@ class Substitution:
         order = self.rep.group.order
         buffers = ("k_bias", "relative_position_index")
         if isinstance(attn, EvaAttention | BeitAttention):
-            _only(attn, path, ("q_bias", "v_bias", "relative_position_bias_table"), tuple(attn._modules), buffers)
+            _only(attn, path, ("q_bias", "v_bias", "relative_position_bias_table"), buffers=buffers)
             attn.copies, attn.group = order, self.group
             attn.qkv_bias_separate = True  # else the weight of the map is used without the map
             if attn._parameters.get("q_bias") is not None:
@@ -378,13 +381,13 @@ class Substitution:
         if isinstance(attn, DiffAttention):
             self._lambdas(attn, path)
             return attn
-        _only(attn, path, modules=tuple(attn._modules))
+        _only(attn, path)
         return enn.Attention.of(attn, self.rep, heads) if type(attn) is Attention else attn
 
     def _lambdas(self, module: Any, path: str, *others: str) -> None:
-        """The factors of differential attention: the same for all heads."""
+        """The factors of differential attention, where there are any: the same for all heads."""
         names = [name for name in module._parameters if name.startswith("lambda_")]
-        _only(module, path, (*names, *others), tuple(module._modules))
+        _only(module, path, (*names, *others))
         for name in names:
             parameter = module._parameters[name]
             if parameter is not None:
@@ -395,7 +398,7 @@ class Substitution:
 
     def _per_head_norm(self, norm: nn.Module, path: str) -> nn.Module:
         if not isinstance(norm, nn.Identity) and type(norm) not in _NORMS:
-            raise ValueError(f"{path} is a {type(norm).__name__}, which has no equivariant counterpart")
+            raise _no_counterpart(norm, path)
         return self.kept(norm)
 
     def _mlp(self, mlp: Any, path: str) -> nn.Module:
@@ -411,15 +414,15 @@ class Substitution:
             elif name == "norm":
                 made = self._inner_norm(part, where, hidden)
             elif name == "act":
-                made = _pointwise(part, where, self.rep.group.order)
+                made = _pointwise(part, where)
             elif name == "drop1":
                 made = enn.Dropout(self._regular(hidden, where), _exactly(part, nn.Dropout, where).p, order="group")
             elif name == "drop2":
                 made = self._dropout(_exactly(part, nn.Dropout, where), where)
             else:
-                raise ValueError(f"{where} is a {type(part).__name__}, which has no equivariant counterpart")
+                raise _no_counterpart(part, where)
             setattr(mlp, name, made)
-        _only(mlp, path, modules=tuple(mlp._modules))
+        _only(mlp, path)
         return enn.Mlp.of(mlp, self.rep) if type(mlp) is Mlp else mlp
 
     def _parallel_block(self, block: Any, path: str) -> nn.Module:
@@ -440,7 +443,7 @@ class Substitution:
             elif name in ("q_norm", "k_norm", "sub_norm"):
                 made = self._per_head_norm(part, where)
             elif name == "mlp_act":
-                made = _pointwise(part, where, self.rep.group.order)
+                made = _pointwise(part, where)
             elif name == "mlp_drop":
                 made = enn.Dropout(reps[1], _exactly(part, nn.Dropout, where).p, order="group")
             elif name == "attn_drop":
@@ -448,26 +451,14 @@ class Substitution:
             else:
                 made = self.residual(part, where)
             setattr(block, name, made)
-        self._parallel_parameters(block, path)
+        block.copies = self.rep.group.order
+        become(block, _TIED[type(block)])
+        self.tie(block, "mlp_bias", hidden // block.copies)
+        self._lambdas(block, path, "mlp_bias")
         return block
 
-    def _parallel_parameters(self, block: Any, path: str) -> None:
-        """Parameters that a parallel block holds itself."""
-        order = self.rep.group.order
-        block.copies = order
-        diff = isinstance(block, DiffParallelScalingBlock)
-        kind = twin_layers.TwinDiffParallelScalingBlock if diff else twin_layers.TwinParallelScalingBlock
-        become(block, kind)
-        if block._parameters["mlp_bias"] is not None:
-            self.tie(block, "mlp_bias", block._parameters["mlp_bias"].shape[0] // order)
-        if diff:
-            self._lambdas(block, path, "mlp_bias")
-        else:
-            _only(block, path, ("mlp_bias",), tuple(block._modules))
-            block.reset_parameters()
-
     def _pool(self, pool: AttentionPoolLatent, path: str) -> nn.Module:
-        _only(pool, path, ("latent",), tuple(pool._modules))
+        _only(pool, path, ("latent",))
         if pool.mlp is None:
             raise ValueError(f"{path} has no output projection (out_features=0), which has no equivariant counterpart")
         projects = not isinstance(pool.q, nn.Identity)
@@ -498,13 +489,9 @@ class Substitution:
         if embeds.pos_embed_type not in ("learned", "none"):
             raise ValueError(f"pos_embed={embeds.pos_embed_type!r} has no equivariant counterpart")
         _only(embeds, path, ("cls_token", "reg_token", "pos_embed"), ("proj", "norm", "pos_drop"))
-        if embeds.dynamic_img_pad:
-            raise ValueError(
-                "dynamic_img_pad=True pads one side only, which breaks the symmetry; pad or resize the image"
-            )
+        _check_no_padding(embeds)
         proj, patch = embeds.proj, embeds.patch_size
-        if embeds.pos_embed is not None and not embeds.pos_embed.requires_grad and proj.weight.requires_grad:
-            raise ValueError("fixed position embedding (pos_embed requires no gradient); that of a twin is learned")
+        check_learned(embeds.pos_embed, proj.weight.requires_grad)
         if isinstance(proj, nn.Conv2d):
             _check_patches(proj, f"{path}.proj", patch, self.rep.dim)
         else:
@@ -516,10 +503,7 @@ class Substitution:
         embeds.pos_drop = self.residual(embeds.pos_drop, f"{path}.pos_drop")
         embeds.rep = self.rep
         become(embeds, twin_layers.TwinNaFlexEmbeds)
-        for name in ("cls_token", "reg_token"):
-            token = embeds._parameters[name]
-            if token is not None:
-                self.tie(embeds, name, 1, token.shape[1], self.rep.multiplicities[0])
+        self.tie_tokens(embeds, "cls_token", "reg_token")
         if embeds.pos_embed is not None:
             grid = embeds.pos_embed.shape[1:3]
             del embeds.pos_embed
@@ -539,6 +523,8 @@ _TIED: dict[type[nn.Module], type[nn.Module]] = {
     BeitBlock: twin_layers.TwinBeitBlock,
     EvaAttention: twin_layers.TwinEvaAttention,
     BeitAttention: twin_layers.TwinBeitAttention,
+    ParallelScalingBlock: twin_layers.TwinParallelScalingBlock,
+    DiffParallelScalingBlock: twin_layers.TwinDiffParallelScalingBlock,
 }
 _RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.Identity, DropPath, PatchDropout, PatchDropoutWithIndices), Substitution._keep),
@@ -592,14 +578,18 @@ def _changes(network: nn.Module) -> Iterator[str]:
         owners[id(parameter)] = path
 
 
+def _no_counterpart(module: nn.Module, path: str) -> ValueError:
+    return ValueError(f"{path} is a {type(module).__name__}, which has no equivariant counterpart")
+
+
 def _only(
     module: nn.Module,
     path: str,
     parameters: tuple[str, ...] = (),
-    modules: tuple[str, ...] = (),
+    modules: tuple[str, ...] | None = None,
     buffers: tuple[str, ...] = (),
 ) -> None:
-    """See that a module holds nothing itself but what is known."""
+    """See that a module holds nothing itself but what is known; ``modules=None``: its children have their rules."""
     held = (
         ("parameter", module._parameters, parameters),
         ("buffer", module._buffers, buffers),
@@ -607,8 +597,23 @@ def _only(
     )
     for kind, values, known in held:
         for name, value in values.items():
-            if value is not None and name not in known:
+            if value is not None and known is not None and name not in known:
                 raise ValueError(f"{kind} {path}.{name}".replace(" .", " ") + " has no equivariant counterpart")
+
+
+def _check_no_padding(embed: Any) -> None:
+    if embed.dynamic_img_pad:
+        raise ValueError("dynamic_img_pad=True pads one side only, which breaks the symmetry; pad or resize the image")
+
+
+def check_learned(field: nn.Parameter | None, trained: bool) -> None:
+    """See that a position embedding is learned where the rest of the network is.
+
+    Raises:
+        ValueError: if not.
+    """
+    if field is not None and not field.requires_grad and trained:
+        raise ValueError("fixed position embedding (pos_embed requires no gradient); that of a twin is learned")
 
 
 def _exactly(module: nn.Module, kind: type[nn.Module], path: str) -> Any:
@@ -645,7 +650,7 @@ def _check_patches(conv: Any, path: str, patch: tuple[int, int], width: int) -> 
             raise ValueError(f"{path} has {key}={getattr(conv, key)} where {wanted} is supported")
 
 
-def _pointwise(act: nn.Module, path: str, order: int) -> nn.Module:
+def _pointwise(act: nn.Module, path: str) -> nn.Module:
     """See that an activation computes every entry from that entry alone."""
     if any(True for _ in act.parameters()) or any(True for _ in act.buffers()):
         raise ValueError(f"{path} ({type(act).__name__}) has parameters, which may differ between the group's copies")

@@ -190,7 +190,7 @@ def _create(
     own = {key: overrides[key] for key in (*_OWN, *_OWN_OF_VIT) if key in overrides}
     network = _plain(plain, {key: value for key, value in overrides.items() if key not in own})
     _check_class(network, plain)
-    _split(network, own)
+    _check_own(network, own)
     cfg = getattr(network, "pretrained_cfg", None)
     return _build(network, plain, cfg, group, heads, own, pretrained, pretrained_cfg, features or {})
 
@@ -241,10 +241,18 @@ def _own_keywords(network: nn.Module) -> tuple[str, ...]:
 
 
 def _split(network: nn.Module, overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Overrides of the twin, and those of the plain network.
+    """Overrides of the twin, and those of the plain network."""
+    _check_own(network, overrides)
+    known = _own_keywords(network)
+    own = {key: value for key, value in overrides.items() if key in known}
+    return own, {key: value for key, value in overrides.items() if key not in known}
+
+
+def _check_own(network: nn.Module, overrides: dict[str, Any]) -> None:
+    """See that no override is for twins of another class.
 
     Raises:
-        ValueError: if one is not for twins of this class.
+        ValueError: if one is.
     """
     known = _own_keywords(network)
     for key in overrides:
@@ -253,8 +261,6 @@ def _split(network: nn.Module, overrides: dict[str, Any]) -> tuple[dict[str, Any
                 f"override {key}={overrides[key]!r} is for twins of a VisionTransformer, not of a "
                 f"{type(network).__name__}"
             )
-    own = {key: value for key, value in overrides.items() if key in known}
-    return own, {key: value for key, value in overrides.items() if key not in known}
 
 
 def _made_by_timm(network: Any, name: str | None) -> dict[str, Any] | None:

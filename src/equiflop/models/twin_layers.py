@@ -21,7 +21,7 @@ from equiflop.nn.position import bias_of_copies, fit_table
 
 
 @torch.no_grad()
-def fill(module: nn.Module, value: float, *names: str) -> None:
+def fill(module: Any, value: float, *names: str) -> None:
     """Set parameters of a module as they are stored, where they are there."""
     for name in names:
         parameter = module._parameters.get(name)
@@ -29,9 +29,10 @@ def fill(module: nn.Module, value: float, *names: str) -> None:
             parameter.fill_(value)
 
 
-class TwinEvaBlock(EvaBlock):
+class TiedScales:
     """Layer scales per (irrep, multiplicity)."""
 
+    init_values: float | None
     gamma_1 = tied("gamma_1", spread_channels)
     gamma_2 = tied("gamma_2", spread_channels)
 
@@ -39,37 +40,33 @@ class TwinEvaBlock(EvaBlock):
         fill(self, self.init_values or 0.0, "gamma_1", "gamma_2")
 
 
-class TwinBeitBlock(BeitBlock):
-    """Layer scales per (irrep, multiplicity)."""
-
-    gamma_1 = tied("gamma_1", spread_channels)
-    gamma_2 = tied("gamma_2", spread_channels)
-
-    def reset_parameters(self) -> None:
-        fill(self, self.init_values or 0.0, "gamma_1", "gamma_2")
+class TwinEvaBlock(TiedScales, EvaBlock):
+    """EVA's block."""
 
 
-class TwinEvaAttention(EvaAttention):
+class TwinBeitBlock(TiedScales, BeitBlock):
+    """BEiT's block."""
+
+
+class TiedBiases:
     """Biases of queries and values the same in all copies."""
 
     q_bias = tied("q_bias", same_copies)
     v_bias = tied("v_bias", same_copies)
 
     def reset_parameters(self) -> None:
-        fill(self, 0.0, "q_bias", "v_bias")
-        self._init_buffers()
+        fill(self, 0.0, "q_bias", "v_bias", "relative_position_bias_table")
+        self._init_buffers()  # type: ignore[attr-defined]
 
 
-class TwinBeitAttention(BeitAttention):
-    """Biases the same in all copies; the relative position bias of copy ``g`` is seen through ``g^-1``."""
+class TwinEvaAttention(TiedBiases, EvaAttention):
+    """EVA's attention."""
+
+
+class TwinBeitAttention(TiedBiases, BeitAttention):
+    """BEiT's attention; the relative position bias of copy ``g`` is seen through ``g^-1``."""
 
     group: ImageGroup
-    q_bias = tied("q_bias", same_copies)
-    v_bias = tied("v_bias", same_copies)
-
-    def reset_parameters(self) -> None:
-        fill(self, 0.0, "q_bias", "v_bias", "relative_position_bias_table")
-        self._init_buffers()
 
     def fit_weights(self, state: dict[str, Any], prefix: str) -> str | None:
         """Fit the table of another grid of tokens within a state dict; see :func:`equiflop.nn.fit.fit_checkpoint`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
@@ -20,6 +19,13 @@ from equiflop.models.equivariant_vit import EquivariantVisionTransformer
 from equiflop.models.substitution import Substitution
 from equiflop.models.tied import invariant_channels, made_by, tied
 from equiflop.nn import PatchEmbed
+
+
+def pool_tokens(network: Any, x: Tensor) -> Tensor:
+    """The mean of the patches, the class token, or all tokens, where timm's class has no method for it."""
+    if not network.global_pool:
+        return x
+    return x[:, network.num_prefix_tokens :].mean(dim=1) if network.global_pool == "avg" else x[:, 0]
 
 
 class EquivariantVisionTransformerDistilled(EquivariantTransformer, VisionTransformerDistilled):
@@ -59,23 +65,16 @@ class EquivariantEva(EquivariantTransformer, Eva):
     """E(X) of EVA, EVA-02, DINOv3 and their like."""
 
     rope: Any
+    own_parts = ("head", "head_drop", "rope")
 
     fix_init = True
     opens_gates = False
     fc_norm_keyword = "use_fc_norm"
 
     def substitute(self, parts: Substitution) -> None:
-        if self.rope is not None:
-            heads = self.blocks[0].attn.num_heads
-            grid = self.patch_embed.grid_size
-            for i, block in enumerate(self.blocks):
-                parts.choose_heads(block.attn.num_heads, f"blocks.{i}.attn", per_head=True)
-            self.rope = parts.rotary(self.rope, "rope", heads, grid)
         super().substitute(parts)
-
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        super().init_weights(mode, needs_reset)
-        scale_head(self)
+        if self.rope is not None:
+            self.rope = parts.rotary(self.rope, "rope", self.blocks[0].attn.num_heads, self.patch_embed.grid_size)
 
     def _set_grid(self, grid: tuple[int, int]) -> None:
         if self.rope is not None:
@@ -107,16 +106,9 @@ class EquivariantBeit(EquivariantTransformer, Beit):
     def substitute(self, parts: Substitution) -> None:
         if self.rel_pos_bias is not None:
             self.rel_pos_bias = parts.position_bias(self.rel_pos_bias, "rel_pos_bias", 1)
-            parts.choose_heads(self.blocks[0].attn.num_heads, "blocks.0.attn", per_head=True)
         super().substitute(parts)
 
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        super().init_weights(mode, needs_reset)
-        scale_head(self)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """See :func:`pool_tokens`."""
-        return pool_tokens(self, x)
+    pool = pool_tokens
 
     def _set_grid(self, grid: tuple[int, int]) -> None:
         if self.rel_pos_bias is not None:
@@ -143,9 +135,7 @@ class EquivariantVisionTransformerRelPos(EquivariantTransformer, VisionTransform
             if bias is not None:
                 bias.set_window_size(grid)
 
-    def pool(self, x: Tensor) -> Tensor:
-        """See :func:`pool_tokens`."""
-        return pool_tokens(self, x)
+    pool = pool_tokens
 
 
 class EquivariantNaFlexVit(EquivariantTransformer, NaFlexVit):
@@ -162,11 +152,9 @@ class EquivariantNaFlexVit(EquivariantTransformer, NaFlexVit):
 
     def substitute(self, parts: Substitution) -> None:
         self.embeds = parts.naflex_embeds(self.embeds, "embeds", self.embeds.in_chans)
-        if self.rope is not None:
-            for i, block in enumerate(self.blocks):
-                parts.choose_heads(block.attn.num_heads, f"blocks.{i}.attn", per_head=True)
-            self.rope = parts.rotary(self.rope, "rope", self.blocks[0].attn.num_heads, None)
         super().substitute(parts)
+        if self.rope is not None:
+            self.rope = parts.rotary(self.rope, "rope", self.blocks[0].attn.num_heads, None)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         super().init_weights(mode, needs_reset)
@@ -188,25 +176,10 @@ class EquivariantNaFlexVit(EquivariantTransformer, NaFlexVit):
         """
         self.embeds.proj.set_input_size(img_size, patch_size)
 
-    def pool(self, x: Tensor) -> Tensor:
-        """See timm."""
-        return self._pool(x)
-
-
-def pool_tokens(network: Any, x: Tensor) -> Tensor:
-    """The mean of the patches, the class token, or all tokens, where timm's class has no method for it."""
-    if not network.global_pool:
-        return x
-    return x[:, network.num_prefix_tokens :].mean(dim=1) if network.global_pool == "avg" else x[:, 0]
-
-
-@torch.no_grad()
-def scale_head(network: Any) -> None:
-    """EVA and BEiT start with a small classifier."""
-    if network.head_init_scale and isinstance(network.head, nn.Linear):
-        network.head.weight.mul_(network.head_init_scale)
-        if network.head.bias is not None:
-            network.head.bias.mul_(network.head_init_scale)
+    def forward_head(self, patches: Tensor, pre_logits: bool = False, patch_valid: Tensor | None = None) -> Tensor:
+        """See :meth:`EquivariantTransformer.forward_head`; the arguments are those of timm."""
+        x = self._invariants(self.fc_norm(self._pool(patches, patch_valid=patch_valid)), pre_logits)
+        return x if pre_logits else self.head(x)
 
 
 #: The class of the twin for every class of timm that has one.

@@ -15,6 +15,13 @@ from equiflop.kernels.norm import Weighting
 from equiflop.nn.checks import check_axis
 
 
+def _reset_affine(weight: Tensor | None, bias: Tensor | None = None) -> None:
+    if weight is not None:
+        nn.init.ones_(weight)
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
 class LayerNorm(nn.Module):
     """Layer norm of a feature with a Rep: one standard deviation per vector, so that it commutes with the group.
 
@@ -66,10 +73,7 @@ class LayerNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         """Scale 1, bias 0."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        _reset_affine(self.weight, self.bias)
 
     def parts(self) -> kernels.Norm:
         """What a kernel needs."""
@@ -126,8 +130,7 @@ class RmsNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         """Scale 1."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
+        _reset_affine(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         check_axis(x, self.rep.dim, self._layout.text)
@@ -175,10 +178,7 @@ class TiedNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         """Scale 1, bias 0."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        _reset_affine(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None if p is None else p.repeat(self.order) for p in (self.weight, self.bias))
@@ -218,9 +218,7 @@ class Affine(nn.Module):
 
     def reset_parameters(self) -> None:
         """Scale 1, bias 0."""
-        nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        _reset_affine(self.weight, self.bias)
 
     def parts(self) -> kernels.Affine:
         """What a kernel needs."""

@@ -16,7 +16,6 @@ from equiflop.nn.checks import check_divisible, check_images
 from equiflop.nn.fit import warn_of_fit
 from equiflop.nn.grid import GridTransform
 from equiflop.nn.linear import Linear
-from equiflop.nn.norm import LayerNorm, RmsNorm
 from equiflop.warnings import EquiflopWarning
 
 
@@ -106,8 +105,6 @@ class PatchEmbed(nn.Module):
         if self.proj.bias is not None:
             bound = 1.0 / math.sqrt(self.in_chans * math.prod(self.patch_size))
             nn.init.uniform_(self.proj.bias, -bound, bound)
-        if isinstance(self.norm, LayerNorm | RmsNorm):
-            self.norm.reset_parameters()
 
     def fit_weights(self, state: dict[str, Any], prefix: str) -> str | None:
         """Adapt the weights for another number of image channels within a state dict, in place, as timm does.
