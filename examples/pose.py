@@ -17,17 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import dense_training
 import numpy as np
-import timm
 import torch
 from PIL import Image, ImageDraw
 from timm.models.vision_transformer import VisionTransformer
@@ -267,39 +264,15 @@ def train(name: str, model: nn.Module, figures: Figures, recipe: Recipe) -> floa
     Returns:
         images per second.
     """
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
-    per_epoch = len(figures.images) // recipe.batch_size
-    steps = recipe.epochs * per_epoch
-    warmup = max(1, steps // 20)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, i - warmup) / max(1, steps - warmup)))),
-    )
-    generator = torch.Generator().manual_seed(recipe.seed)
-    size = tuple(round(SCALE * side) for side in SIZE)
-    model.train()
-    start = time.perf_counter()
-    for epoch in range(recipe.epochs):
-        losses = []
-        order = torch.randperm(len(figures.images), generator=generator)[: per_epoch * recipe.batch_size]
-        for index in order.split(recipe.batch_size):
-            batch = figures[index].mirrored(torch.rand(len(index), generator=generator) < 0.5)
-            visible = torch.ones(batch.joints.shape[:2], dtype=torch.bool)
-            wanted = target_heatmaps(SCALE * batch.joints - 0.5, visible, (size[0], size[1]), recipe.sigma)
-            loss = 100 * (model(batch.images) - wanted).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            losses.append(loss.item())
-        speed = (epoch + 1) * len(order) / (time.perf_counter() - start)
-        loss_now = statistics.mean(losses)
-        print(f"{name}: epoch {epoch + 1}/{recipe.epochs}, loss {loss_now:.3f}, {speed:.0f} im/s", flush=True)
-    return speed
+    height, width = (round(SCALE * side) for side in SIZE)
+
+    def loss_of(index: Tensor, generator: torch.Generator) -> Tensor:
+        batch = figures[index].mirrored(torch.rand(len(index), generator=generator) < 0.5)
+        visible = torch.ones(batch.joints.shape[:2], dtype=torch.bool)
+        wanted = target_heatmaps(SCALE * batch.joints - 0.5, visible, (height, width), recipe.sigma)
+        return 100 * (model(batch.images) - wanted).square().mean()
+
+    return dense_training.train(name, model, len(figures.images), loss_of, recipe, warmup=0.05)
 
 
 def two_passes(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -331,19 +304,6 @@ def evaluate(model: Callable[[Tensor], Tensor], figures: Figures) -> dict[str, f
         "pixels_moved_by_mirroring": float(moved.mean()),
         "largest_move": float(moved.max()),
     }
-
-
-def throughput(models: dict[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int) -> dict[str, float]:
-    """Median images per second in evaluation, measured in turns after one turn to warm up."""
-    rates: dict[str, list[float]] = {name: [] for name in models}
-    with torch.no_grad():
-        for turn in range(rounds + 1):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(images)
-                if turn:
-                    rates[name].append(len(images) / (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -440,7 +400,7 @@ def main() -> None:
             twice = f"{name}, flip test"
             models[twice] = two_passes(model)
             rows[twice] = {**row, "macs": 2 * row["macs"], "scores": evaluate(models[twice], test)}
-    for name, rate in throughput(models, test.images[:64], rounds=2 if options.quick else 15).items():
+    for name, rate in dense_training.throughput(models, test.images[:64], rounds=2 if options.quick else 15).items():
         rows[name]["images_per_second"] = rate
     print(table(rows))
     seconds = time.perf_counter() - start
@@ -448,23 +408,7 @@ def main() -> None:
     if options.figure:
         draw_figure(options.figure, models, test)
     if options.output:
-        result = {
-            "command": "python " + " ".join(sys.argv),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "equiflop": equiflop.__version__,
-            },
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "seconds": seconds,
-            "recipe": asdict(recipe),
-            "joints": JOINTS,
-            "flip_pairs": FLIP_PAIRS,
-            "networks": rows,
-        }
+        result = dense_training.record(recipe, seconds, rows, joints=JOINTS, flip_pairs=FLIP_PAIRS)
         write_text(options.output, json.dumps(result, indent=2) + "\n")
 
 

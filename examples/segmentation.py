@@ -16,17 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import dense_training
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -169,35 +166,11 @@ def train(name: str, model: nn.Module, images: Tensor, labels: Tensor, recipe: R
     Returns:
         images per second.
     """
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
-    per_epoch = len(images) // recipe.batch_size
-    steps = recipe.epochs * per_epoch
-    warmup = max(1, steps // 10)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, i - warmup) / max(1, steps - warmup)))),
-    )
-    generator = torch.Generator().manual_seed(recipe.seed)
-    model.train()
-    start = time.perf_counter()
-    for epoch in range(recipe.epochs):
-        losses = []
-        order = torch.randperm(len(images), generator=generator)[: per_epoch * recipe.batch_size]
-        for batch in order.split(recipe.batch_size):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            losses.append(loss.item())
-        speed = (epoch + 1) * len(order) / (time.perf_counter() - start)
-        loss_now = statistics.mean(losses)
-        print(f"{name}: epoch {epoch + 1}/{recipe.epochs}, loss {loss_now:.3f}, {speed:.0f} im/s", flush=True)
-    return speed
+
+    def loss_of(index: Tensor, generator: torch.Generator) -> Tensor:
+        return F.cross_entropy(model(images[index]), labels[index])
+
+    return dense_training.train(name, model, len(images), loss_of, recipe, warmup=0.1)
 
 
 @torch.no_grad()
@@ -227,20 +200,6 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]
         changed = (BACK[view](predicted) != straight).double().mean()
         result[view] = {**scores(predicted, move(labels)), "changed_pixels": float(changed)}
     return result
-
-
-def throughput(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, float]:
-    """Median images per second in evaluation, measured in turns after one turn to warm up."""
-    rates: dict[str, list[float]] = {name: [] for name in models}
-    with torch.no_grad():
-        for turn in range(rounds + 1):
-            for name, model in models.items():
-                model.eval()
-                start = time.perf_counter()
-                model(images)
-                if turn:
-                    rates[name].append(len(images) / (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -333,7 +292,7 @@ def main() -> None:
             "training_images_per_second": speed,
             "scores": evaluate(models[name], test_images, test_labels),
         }
-    for name, rate in throughput(models, test_images[:64], rounds=2 if options.quick else 15).items():
+    for name, rate in dense_training.throughput(models, test_images[:64], rounds=2 if options.quick else 15).items():
         rows[name]["images_per_second"] = rate
     print(table(rows))
     seconds = time.perf_counter() - start
@@ -341,22 +300,7 @@ def main() -> None:
     if options.figure:
         draw_figure(options.figure, models, test_images, test_labels)
     if options.output:
-        result = {
-            "command": "python " + " ".join(sys.argv),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "equiflop": equiflop.__version__,
-            },
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "seconds": seconds,
-            "recipe": asdict(recipe),
-            "classes": CLASSES,
-            "networks": rows,
-        }
+        result = dense_training.record(recipe, seconds, rows, classes=CLASSES)
         write_text(options.output, json.dumps(result, indent=2) + "\n")
 
 

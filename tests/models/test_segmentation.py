@@ -454,6 +454,7 @@ def test_bad_input() -> None:
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     path = Path(__file__).parents[2] / "examples" / "segmentation.py"
+    sys.path.append(str(path.parent))  # where a script finds its neighbours
     spec = importlib.util.spec_from_file_location("segmentation_example", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
