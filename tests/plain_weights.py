@@ -29,6 +29,8 @@ def plain_weights(plain: Any, made: nn.Module) -> dict[str, Tensor]:
             state[f"{at}proj.A.weight"] = weight
             if f"{origin}proj.bias" in left:
                 state[f"{at}proj.A.bias"] = left.pop(f"{origin}proj.bias")
+        elif isinstance(module, enn.TiedConv2d):
+            state[f"{at}weight"] = left.pop(f"{at}weight").permute(2, 3, 0, 1).flatten(0, 1)
         elif isinstance(module, enn.LinearToSeveral):
             rows = [part.A.out_features for part in module.parts]
             for kind in ("weight", "bias"):
@@ -41,14 +43,15 @@ def plain_weights(plain: Any, made: nn.Module) -> dict[str, Tensor]:
             if f"{at}bias" in left:
                 state[f"{at}parts.0.A.bias"] = left.pop(f"{at}bias")
         elif isinstance(module, enn.PositionEmbedding):
-            value = left.pop(path).flatten(1, -2)[0]
+            value = left.pop("pos_embed" if path == "patch_embed.positions" else path).flatten(1, -2)[0]
             prefix = 0 if module.prefix is None else len(module.prefix)
             if prefix:
                 state[f"{at}prefix"] = value[:prefix]
             state[f"{at}weight_A"] = value[prefix:]
     for key, value in left.items():
         layer, _, kind = key.rpartition(".")
-        candidates = [key, f"{layer}.A.{kind}"]
+        value = value.flatten(1) if key == "neck.0.weight" else value
+        candidates = [key, f"{layer}.A.{kind}", f"{layer}.core.{kind}"]
         candidates += [key.replace("rope.", "rope.rope.", 1), key.replace("rel_pos.", "rel_pos.bias.", 1)]
         candidates += [key.replace("rel_pos_bias.", "rel_pos_bias.bias.", 1)]
         names = made.state_dict().keys()

@@ -41,6 +41,7 @@ NAMES = (
     "vit_relpos_base_patch16_cls_224",
     "vit_srelpos_small_patch16_224",
     "naflexvit_base_patch16_map",
+    "samvit_base_patch16",
 )
 pytestmark = pytest.mark.filterwarnings("ignore:the twin is untrained:equiflop.EquiflopWarning")
 
@@ -49,7 +50,11 @@ def without_norms(network: Any) -> Any:
     """The network without norms over the whole width; those of single heads stay."""
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.LayerNorm | RmsNorm) and name not in ("q_norm", "k_norm", "sub_norm"):
+            if isinstance(child, nn.LayerNorm | RmsNorm | enn.TiedNorm) and name not in (
+                "q_norm",
+                "k_norm",
+                "sub_norm",
+            ):
                 setattr(module, name, nn.Identity())
     return network
 
@@ -58,6 +63,8 @@ def plain_network(name: str, copies: int) -> Any:
     patch = 14 if "patch14" in name else 16
     options: dict[str, Any] = {"embed_dim": 32 * copies, "num_heads": 2 * copies, "depth": 2, "mlp_ratio": 3.0}
     options |= {"pos_embed_grid_size": (3, 3)} if "naflex" in name else {"img_size": 3 * patch}
+    if "samvit" in name:
+        options |= {"neck_chans": 8 * copies, "window_size": 2, "global_attn_indexes": (1,)}
     if "sapiens2" in name:
         options["num_kv_heads"] = copies
     return without_norms(timm.create_model(name, num_classes=5, **options).double()).eval()
@@ -103,6 +110,14 @@ class Copies:
             assert made.bias is not None
             made.bias.copy_(made.bias_gain * self.order**0.5 * bias)
 
+    def fill_convolution(self, made: enn.TiedConv2d, weight: Tensor) -> None:
+        """Copy g convolves copy g of the input with the kernel moved by g; nothing of the others."""
+        made.weight.zero_()
+        for g in range(self.order):
+            moved = self.group.act_on_image(g, weight)  # out, in, k, k
+            for places, values in zip(made.index[g, g], moved.permute(2, 3, 0, 1), strict=True):
+                made.weight[places] = values
+
     def fill_patches(self, made: enn.PatchEmbed, weight: Tensor, bias: Tensor | None) -> None:
         """``weight`` of shape ``(C, in_chans, p, p)``: copy g has the kernel moved by g."""
         side = weight.shape[-1]
@@ -133,6 +148,8 @@ def fill(made: Any, plain: Any, group: ImageGroup) -> None:
             if weight.ndim == 2:  # pixels, then channels
                 weight = weight.unflatten(1, (*module.patch_size, -1)).permute(0, 3, 1, 2)
             copies.fill_patches(module, weight, bias)
+        elif isinstance(module, enn.TiedConv2d):
+            copies.fill_convolution(module, left.pop(f"{at}weight"))
         elif isinstance(module, enn.LinearToSeveral | enn.LinearFromSeveral):
             weight, bias = left.pop(f"{at}weight"), left.pop(f"{at}bias", None)
             into = isinstance(module, enn.LinearToSeveral)
@@ -146,9 +163,10 @@ def fill(made: Any, plain: Any, group: ImageGroup) -> None:
                 copies.fill_linear(part, one_weight, one_bias)
         elif isinstance(module, enn.Linear):
             if f"{at}weight" in left:
-                copies.fill_linear(module, left.pop(f"{at}weight"), left.pop(f"{at}bias", None))
+                weight = left.pop(f"{at}weight").flatten(1)
+                copies.fill_linear(module, weight, left.pop(f"{at}bias", None))
         elif isinstance(module, enn.PositionEmbedding):
-            value = left.pop(path).flatten(1, -2)[0]
+            value = left.pop("pos_embed" if path == "patch_embed.positions" else path).flatten(1, -2)[0]
             prefix = 0 if module.prefix is None else len(module.prefix)
             if prefix:
                 module.prefix.copy_(group.order**0.5 * value[:prefix])
@@ -157,12 +175,13 @@ def fill(made: Any, plain: Any, group: ImageGroup) -> None:
             module.set_field(copies.irreps(seen))
         elif isinstance(module, enn.LayerScale):
             module.gamma.copy_(left.pop(f"{at}gamma").repeat(sum(copies.columns)))
-        elif path in ("head", "head_dist"):
+        elif isinstance(module, nn.Linear) and path in ("head", "head_dist", "head.fc"):
             module.weight.copy_(left.pop(f"{at}weight") / group.order**0.5)
             module.bias.copy_(left.pop(f"{at}bias"))
     stored = dict(made.named_parameters())
     for key, value in left.items():
-        for name in (key, key.replace("rope.", "rope.rope."), key.replace("rel_pos.", "rel_pos.bias.")):
+        inner = (("rope.", "rope.rope."), ("rel_pos.", "rel_pos.bias."), ("attn.", "attn.core."))
+        for name in (key, *(key.replace(*pair) for pair in inner)):
             if name in stored:
                 kind = name.split(".")[-1]
                 if kind in ("cls_token", "reg_token", "dist_token", "latent"):
@@ -188,7 +207,10 @@ def test_copies_of_a_plain_network_see_the_image_from_every_side(name: str, grou
     with torch.no_grad():
         features = made.forward_features(images)
         seen = [plain.forward_features(moves.act_on_image(moves.group.inverse(g), images)) for g in range(moves.order)]
-        prefix = plain.num_prefix_tokens
+        prefix = getattr(plain, "num_prefix_tokens", 0)
+        if features.ndim == 4:
+            features = features.flatten(2).mT
+            seen = [image.flatten(2).mT for image in seen]
         expected = []
         for g, tokens in enumerate(seen):  # back to where they stand in the image
             patches = tokens[:, prefix:].transpose(1, 2).unflatten(-1, (3, 3))

@@ -27,6 +27,7 @@ NAMES = (
     "vit_relpos_base_patch16_cls_224",
     "vit_srelpos_small_patch16_224",
     "naflexvit_base_patch16_gap",
+    "samvit_base_patch16",
 )
 every_kind = pytest.mark.parametrize("name", NAMES)
 
@@ -35,6 +36,8 @@ def fresh(name: str, **options: Any) -> Any:
     """A twin of three patches by three, two blocks deep."""
     patch = 14 if "patch14" in name else 16
     size: dict[str, Any] = {"pos_embed_grid_size": (3, 3)} if "naflex" in name else {"img_size": 3 * patch}
+    if "samvit" in name:
+        size |= {"neck_chans": 16, "window_size": 2, "global_attn_indexes": (1,)}
     return twin(name, **{"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 3.0, **size, **options})
 
 

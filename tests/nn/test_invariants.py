@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equiflop.groups import Rep, dihedral, flop, octahedral
-from equiflop.nn import Invariants, ToSpatial
+from equiflop.nn import FromSpatial, Invariants, ToSpatial
 from equiflop.nn.invariants import has_magnitudes
 from oracles import LAYER_GROUPS, group, left_translation, tensor_action
 
@@ -103,6 +103,15 @@ def test_spatial_domain_is_permuted(name: str) -> None:
     for a in range(g.order):
         expected = torch.from_numpy(left_translation(g.table, a)) @ layer(x)
         assert (layer(x @ tensor_action(rep, a).T) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", LAYER_GROUPS)
+def test_the_way_back_from_the_spatial_domain(name: str) -> None:
+    rep = Rep.regular(group(name), 2)
+    there, back = ToSpatial(rep, dtype=torch.float64), FromSpatial(rep, dtype=torch.float64)
+    x = torch.randn(3, rep.dim, dtype=torch.float64)
+    assert (back(there(x)) - x).abs().max() < 1e-12
+    assert back.macs(there(x).shape) == there.macs(x.shape)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_batch_norm_is_the_same_for_all_copies() -> None:
     swapped = x.unflatten(1, (2, 3)).flip(1).flatten(1, 2)
     once = norm(x)
     torch.testing.assert_close(norm(swapped), once.unflatten(1, (2, 3)).flip(1).flatten(1, 2))
-    assert abs(float(once.mean())) < 1e-12 and len(norm.norm.weight) == 3
+    assert abs(once.mean().item()) < 1e-12 and len(norm.norm.weight) == 3
 
 
 def test_refusals() -> None:

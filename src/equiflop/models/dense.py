@@ -61,7 +61,7 @@ class DenseModel(nn.Module):
     @property
     def rep(self) -> Rep:
         """Type of the tokens that the head reads."""
-        return self.backbone.rep
+        return self.backbone.head_rep
 
     @property
     def in_chans(self) -> int:
@@ -99,11 +99,8 @@ class DenseModel(nn.Module):
         return self.backbone.forward_intermediates(x, indices, **options)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised patch tokens, ``(B, in_chans, H, W)`` to ``(B, H / p, W / p, embed_dim)``."""
-        grid = self.backbone.embedding.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        # most often one of the two norms is an identity
-        tokens = self.backbone.fc_norm(self.backbone.forward_features(x))
-        return tokens[:, self.num_prefix_tokens :].unflatten(1, grid)
+        """Normalised patch tokens, ``(B, in_chans, H, W)`` to ``(B, H / p, W / p, rep.dim)``."""
+        return self.backbone.patch_features(x)
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Patch tokens ``(B, H / p, W / p, embed_dim)`` to a map."""

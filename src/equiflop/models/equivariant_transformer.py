@@ -56,6 +56,8 @@ class EquivariantTransformer(_Base):
     fit_checkpoint = staticmethod(fit_checkpoint)
     #: Modules of the network itself that are replaced by a rule of their own; all others by their class.
     own_parts: tuple[str, ...] = ("head", "head_drop")
+    #: Name of the classifier, or names, as timm's configurations say it.
+    classifier: ClassVar[str | tuple[str, ...]] = "head"
     #: Whether gated MLPs start with open gates.
     opens_gates: ClassVar[bool] = True
     #: timm's keyword for the norm behind the pooling.
@@ -125,12 +127,15 @@ class EquivariantTransformer(_Base):
 
     def _replace_head(self, invariants: InvariantKind | None, dd: dict[str, Any]) -> None:
         """Invariants, and a classifier that sees them."""
-        self.invariants: nn.Module = Invariants(self.rep, invariants or "trivial", **dd)
-        self.feature_invariants: nn.Module = (
-            self.invariants if invariants else Invariants(self.rep, all_magnitudes(self.rep.group), **dd)
-        )
-        self.head_hidden_size = self.invariants.out_features
+        self.kind_of_invariants = invariants
+        self._make_invariants(dd)
         self.head = self._classifier(self.head, "head", dd)
+
+    def _make_invariants(self, dd: dict[str, Any]) -> None:
+        rep, kind = self.head_rep, self.kind_of_invariants
+        self.invariants: Any = Invariants(rep, kind or "trivial", **dd)
+        self.feature_invariants: Any = self.invariants if kind else Invariants(rep, all_magnitudes(rep.group), **dd)
+        self.head_hidden_size = self.invariants.out_features
 
     def _classifier(self, head: nn.Module, name: str, dd: dict[str, Any]) -> nn.Module:
         if type(head) is nn.Identity:
@@ -146,6 +151,17 @@ class EquivariantTransformer(_Base):
     def embedding(self) -> PatchEmbed:
         """The patch embedding."""
         return self.patch_embed
+
+    @property
+    def head_rep(self) -> Rep:
+        """Type of the features behind the last norm, as the head sees them."""
+        return self.rep
+
+    def patch_features(self, x: Tensor) -> Tensor:
+        """Patch tokens behind the last norm, ``(B, in_chans, H, W)`` to ``(B, H / p, W / p, head_rep.dim)``."""
+        grid = self.embedding.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        tokens = self.fc_norm(self.forward_features(x))  # most often one of the two norms is an identity
+        return tokens[:, self.num_prefix_tokens :].unflatten(1, grid)
 
     def feature_rep(self, block: int) -> Rep | None:
         """Type of the features after block ``block`` (-1: before the first)."""

@@ -21,6 +21,7 @@ from timm.layers import (
     DropPath,
     GluMlp,
     LayerNorm,
+    LayerNorm2d,
     LayerScale,
     Mlp,
     PatchDropout,
@@ -50,6 +51,8 @@ from timm.models.vision_transformer import (
     ResPostBlock,
 )
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
+from timm.models.vision_transformer_sam import Attention as SamAttention
+from timm.models.vision_transformer_sam import Block as SamBlock
 from torch import nn
 
 from equiflop import nn as enn
@@ -61,6 +64,7 @@ from equiflop.models.tied import become
 from equiflop.nn.attention import Heads, check_heads
 from equiflop.nn.linear import OrderName
 from equiflop.nn.norm import Weighting
+from equiflop.nn.tied_conv import copies_of
 
 Rule = Callable[["Substitution", Any, str], nn.Module]
 
@@ -356,6 +360,60 @@ class Substitution:
             attn.num_kv_heads, attn.num_kv_groups, attn.kv_dim = attn.num_heads, 1, attn.attn_dim
         return self._own_parameters(attn, path, heads)
 
+    def _sam_block(self, block: SamBlock, path: str) -> nn.Module:
+        for name, part in list(block.named_children()):
+            where = f"{path}.{name}"
+            if name == "attn":
+                block.attn = self._attention_of_copies(_exactly(part, SamAttention, where), where, block.window_size)
+            else:
+                setattr(block, name, self.residual(part, where))
+        _only(block, path)
+        become(block, twin_layers.TwinSamBlock)
+        return block
+
+    def _attention_of_copies(self, attn: Any, path: str, window_size: int) -> nn.Module:
+        positions = ("rel_pos_h", "rel_pos_w")
+        _only(attn, path, positions, ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop", "rope"))
+        self.choose_heads(attn.num_heads, path, per_head=True)
+        if attn.rope is not None and type(attn.rope) is not RotaryEmbeddingCat:
+            raise _no_counterpart(attn.rope, f"{path}.rope")
+        qkv = self.inward(attn.qkv, f"{path}.qkv", "group", sections=3)
+        proj = self.outward(attn.proj, f"{path}.proj", "group")
+        proj_drop = self._dropout(_exactly(attn.proj_drop, nn.Dropout, f"{path}.proj_drop"), f"{path}.proj_drop")
+        for name in ("q_norm", "k_norm"):
+            setattr(attn, name, self._per_head_norm(getattr(attn, name), f"{path}.{name}"))
+        attn.qkv = attn.proj = attn.proj_drop = nn.Identity()
+        attn.num_heads = self._per_copy(attn.num_heads, path)
+        for name in positions:
+            table = getattr(attn, name, None)
+            if table is not None:
+                setattr(attn, name, nn.Parameter(torch.zeros(table.shape, **self._like(table))))
+        return twin_layers.AttentionOfCopies(attn, qkv, proj, proj_drop, self.group, window_size)
+
+    def sam_neck(self, neck: Any, path: str) -> nn.Module:
+        """The neck of SAM's encoder, or the norm of a map in its place."""
+        if type(neck) is LayerNorm2d:
+            _check_norm(neck, path, self.rep.dim)
+            affine, bias = neck.weight is not None, neck.bias is not None
+            options: dict[str, Any] = {"affine": affine, "bias": bias, "weighting": self.weighting, **self.dd}
+            return twin_layers.NormOfMap(self.rep, neck.eps, **options)
+        _only(_exactly(neck, nn.Sequential, path), path, modules=("0", "1", "2", "3"))
+        proj, norm, conv, last_norm = neck
+        for i, kernel in ((0, 1), (2, 3)):
+            where = f"{path}.{i}"
+            wanted = {"kernel_size": (kernel, kernel), "stride": (1, 1), "padding": (kernel // 2, kernel // 2)}
+            _check_conv(neck[i], where, {**wanted, "dilation": (1, 1), "groups": 1, "out_channels": proj.out_channels})
+        rep, copies = self._regular(proj.out_channels, path), copies_of(self.group)
+        n = rep.dim // self.group.order
+        return twin_layers.SamNeck(
+            enn.Linear(self.rep, rep, proj.bias is not None, out_order="group", **self.dd),
+            self._inner_norm(norm, f"{path}.1", rep.dim),
+            enn.TiedConv2d(self.group, copies, copies, n, n, 3, bias=conv.bias is not None, **self.dd),
+            self._inner_norm(last_norm, f"{path}.3", rep.dim),
+            rep,
+            **self.dd,
+        )
+
     def _own_parameters(self, attn: Any, path: str, heads: Heads) -> nn.Module:
         """Parameters and buffers that an attention holds itself."""
         order = self.rep.group.order
@@ -517,7 +575,7 @@ class Substitution:
         return embeds
 
 
-_NORMS = (nn.LayerNorm, LayerNorm, RmsNorm)
+_NORMS = (nn.LayerNorm, LayerNorm, LayerNorm2d, RmsNorm)
 _TIED: dict[type[nn.Module], type[nn.Module]] = {
     EvaBlock: twin_layers.TwinEvaBlock,
     BeitBlock: twin_layers.TwinBeitBlock,
@@ -528,7 +586,7 @@ _TIED: dict[type[nn.Module], type[nn.Module]] = {
 }
 _RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.Identity, DropPath, PatchDropout, PatchDropoutWithIndices), Substitution._keep),
-    **dict.fromkeys(_NORMS, Substitution._norm),
+    **dict.fromkeys((nn.LayerNorm, LayerNorm, RmsNorm), Substitution._norm),
     **dict.fromkeys((nn.Sequential, nn.ModuleList), Substitution._sequence),
     **dict.fromkeys(
         (ResPostBlock, ParallelThingsBlock, EvaBlock, EvaBlockPostNorm, BeitBlock, RelPosBlock, ResPostRelPosBlock),
@@ -543,6 +601,7 @@ _RULES: dict[type[nn.Module], Rule] = {
     nn.Dropout: Substitution._dropout,
     LayerScale: Substitution._layer_scale,
     Block: Substitution._standard_block,
+    SamBlock: Substitution._sam_block,
     AttentionPoolLatent: Substitution._pool,
     PatchEmbed: Substitution.patch_embed,
 }
@@ -636,15 +695,12 @@ def _check_norm(norm: Any, path: str, channels: int) -> None:
 
 
 def _check_patches(conv: Any, path: str, patch: tuple[int, int], width: int) -> None:
+    settings = {"kernel_size": tuple(patch), "stride": tuple(patch), "padding": (0, 0)}
+    _check_conv(conv, path, {**settings, "dilation": (1, 1), "groups": 1, "out_channels": width})
+
+
+def _check_conv(conv: Any, path: str, settings: dict[str, Any]) -> None:
     _exactly(conv, nn.Conv2d, path)
-    settings = {
-        "kernel_size": tuple(patch),
-        "stride": tuple(patch),
-        "padding": (0, 0),
-        "dilation": (1, 1),
-        "groups": 1,
-        "out_channels": width,
-    }
     for key, wanted in settings.items():
         if getattr(conv, key) != wanted:
             raise ValueError(f"{path} has {key}={getattr(conv, key)} where {wanted} is supported")

@@ -366,7 +366,7 @@ def _input_cfg(network: Any, architecture: str, cfg: Any) -> dict[str, Any]:
         "fixed_input_size": embed.strict_img_size,
         "num_classes": network.num_classes,
         "first_conv": None,
-        "classifier": ("head", "head_dist") if hasattr(network, "head_dist") else "head",
+        "classifier": network.classifier,
     }
 
 

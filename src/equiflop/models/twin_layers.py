@@ -11,13 +11,23 @@ from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.naflexvit import NaFlexEmbeds
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock
+from timm.models.vision_transformer_sam import Attention as SamAttention
+from timm.models.vision_transformer_sam import Block as SamBlock
+from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
-from equiflop.image_group import ImageGroup
+from equiflop.groups import Rep
+from equiflop.image_group import ImageGroup, ImageMove
 from equiflop.models.tied import invariant_channels, same_copies, spread_channels, tied
 from equiflop.nn.fit import warn_of_fit
 from equiflop.nn.linear import Linear
+from equiflop.nn.norm import LayerNorm
+from equiflop.nn.patch_embed import PatchEmbed
+from equiflop.nn.pos_embed import PositionEmbedding
 from equiflop.nn.position import bias_of_copies, fit_table
+from equiflop.nn.spatial import FromSpatial
+from equiflop.nn.tied_conv import TiedConv2d
 
 
 @torch.no_grad()
@@ -168,3 +178,139 @@ class TwinNaFlexEmbeds(NaFlexEmbeds):
             x = x + self.pos_embed(grid)
         prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         return self.pos_drop(torch.cat([*prefix, x], dim=1)), grid
+
+
+class TwinSamBlock(SamBlock):
+    """The block of SAM's encoder; its attention takes care of windows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class AttentionOfCopies(nn.Module):
+    """Attention on a grid of tokens, within windows or not, for regular heads.
+
+    Copy ``g`` of queries, keys and values is turned back by ``g^-1``. There everything is as in the plain network:
+    windows from the top left on, padding at the bottom and on the right, relative positions. So windows need not divide
+    the grid, which in the plain network breaks the symmetry.
+
+    Args:
+        core: timm's attention for the heads of one copy, without its linear maps.
+        qkv: from the residual stream to queries, keys and values in the group's basis.
+        proj: back.
+        proj_drop: dropout behind it.
+        group: the group that acts on the grid.
+        window_size: side of a window in tokens, or 0 for attention over the whole grid.
+
+    Shape: ``(B, H, W, C)`` to the same.
+    """
+
+    def __init__(
+        self,
+        core: SamAttention,
+        qkv: nn.Module,
+        proj: nn.Module,
+        proj_drop: nn.Module,
+        group: ImageGroup,
+        window_size: int,
+    ) -> None:
+        super().__init__()
+        self.qkv = qkv
+        self.core = core
+        self.proj = proj
+        self.proj_drop = proj_drop
+        self.group = group
+        self.window_size = window_size
+        moves = [(a, move, group.moves[group.inverse(a)]) for a, move in enumerate(group.moves)]
+        kinds = ([entry for entry in moves if entry[1].transposes == turned] for turned in (False, True))
+        #: Copies that see the grid as it is, and those that see its axes exchanged: number, move and inverse move.
+        self.views = [kind for kind in kinds if kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (3, self.group.order, -1)
+        copies = self.qkv(x).unflatten(-1, shape)
+        no_token = self.qkv(x.new_zeros(1, 1, 1, x.shape[-1])).unflatten(-1, shape) if self.window_size else None
+        results: dict[int, Tensor] = {}
+        for view in self.views:
+            seen = torch.cat([_moved(back, copies[..., a, :].flatten(-2)) for a, _, back in view])
+            attended = self._attend(seen, None if no_token is None else no_token[..., 0, :].flatten(-2))
+            parts = attended.unflatten(0, (len(view), -1))
+            results |= {a: _moved(move, parts[i]) for i, (a, move, _) in enumerate(view)}
+        joined = torch.cat([results[a] for a in range(self.group.order)], dim=-1)
+        return self.proj_drop(self.proj(joined))
+
+    def _attend(self, qkv: Tensor, no_token: Tensor | None) -> Tensor:
+        """Attention of one copy, ``(B, H, W, 3 * n)`` to ``(B, H, W, n)``."""
+        if no_token is None:
+            return self.core(qkv)
+        windows, padded = window_partition(_filled(qkv, no_token, self.window_size), self.window_size)
+        return window_unpartition(self.core(windows), self.window_size, (qkv.shape[1], qkv.shape[2]), padded)
+
+    def extra_repr(self) -> str:
+        windows = f"windows of {self.window_size}x{self.window_size}" if self.window_size else "the whole grid"
+        return f"{windows}, in {self.group.order} copies"
+
+
+def _filled(x: Tensor, no_token: Tensor, size: int) -> Tensor:
+    """A grid of whole windows: where there is no token, below and on the right, is what a map makes of zeros."""
+    if has_torch_function((x, no_token)):  # one step of a symbolic trace
+        return handle_torch_function(_filled, (x, no_token), x, no_token, size)
+    batch, height, width = x.shape[:3]
+    below, right = -height % size, -width % size
+    if right:
+        x = torch.cat([x, no_token.expand(batch, height, right, -1)], dim=2)
+    if below:
+        x = torch.cat([x, no_token.expand(batch, below, width + right, -1)], dim=1)
+    return x
+
+
+def _moved(move: ImageMove, x: Tensor) -> Tensor:
+    """Move a grid of tokens, ``(B, H, W, C)``."""
+    return move(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PatchEmbedWithPositions(PatchEmbed):
+    """A patch embedding that adds the position embedding for images of any size.
+
+    Attributes:
+        positions: the position embedding.
+    """
+
+    positions: PositionEmbedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + self.positions((x.shape[1], x.shape[2])).unflatten(1, (x.shape[1], x.shape[2]))
+
+
+class NormOfMap(LayerNorm):
+    """The norm of a map ``(B, C, H, W)`` whose channels have a type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SamNeck(nn.Sequential):
+    """The neck of SAM's encoder: a product, a norm, a tied convolution, a norm, in the group's basis.
+
+    Args:
+        proj: from the residual stream to the group's basis.
+        norm: behind it.
+        conv: in the group's basis.
+        last_norm: behind that.
+        rep: type of the output.
+
+    Shape: ``(B, C, H, W)`` to ``(B, rep.dim, H, W)``.
+    """
+
+    def __init__(
+        self, proj: Linear, norm: nn.Module, conv: TiedConv2d, last_norm: nn.Module, rep: Rep, **dd: Any
+    ) -> None:
+        super().__init__(proj, norm, conv, last_norm, FromSpatial(rep, **dd))
+        self.rep = rep
+
+    def forward(self, x: Tensor) -> Tensor:
+        proj, norm, conv, last_norm, to_irreps = self
+        x = conv(norm(proj(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return to_irreps(last_norm(x).unflatten(-1, (self.rep.group.order, -1))).permute(0, 3, 1, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import ClassifierHead, SelectAdaptivePool2d
 from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
@@ -11,13 +12,16 @@ from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
+from equiflop.groups import Rep
 from equiflop.models.classifier import replace_classifier
-from equiflop.models.equivariant_transformer import EquivariantTransformer
+from equiflop.models.equivariant_transformer import EquivariantTransformer, check_pooling
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
 from equiflop.models.substitution import Substitution
-from equiflop.models.tied import invariant_channels, made_by, tied
+from equiflop.models.tied import become, invariant_channels, made_by, tied
+from equiflop.models.twin_layers import PatchEmbedWithPositions
 from equiflop.nn import PatchEmbed
 
 
@@ -33,6 +37,7 @@ class EquivariantVisionTransformerDistilled(EquivariantTransformer, VisionTransf
 
     head_dist: nn.Module
     own_parts = ("head", "head_dist", "head_drop")
+    classifier = ("head", "head_dist")
 
     def _replace_head(self, invariants: Any, dd: dict[str, Any]) -> None:
         super()._replace_head(invariants, dd)
@@ -182,6 +187,96 @@ class EquivariantNaFlexVit(EquivariantTransformer, NaFlexVit):
         return x if pre_logits else self.head(x)
 
 
+class EquivariantVisionTransformerSAM(EquivariantTransformer, VisionTransformerSAM):
+    """E(X) of SAM's image encoder: windowed attention, relative positions, a neck."""
+
+    own_parts = ("head", "neck", "rope_global", "rope_window")
+    classifier = "head.fc"
+    neck: Any
+    pos_embed: Any
+    num_classes: int
+    head: Any
+    rope_global: Any
+    rope_window: Any
+
+    def substitute(self, parts: Substitution) -> None:
+        field, self.pos_embed = self.pos_embed, None
+        super().substitute(parts)
+        for name in ("rope_global", "rope_window"):
+            if getattr(self, name) is not None:
+                setattr(self, name, parts.kept(getattr(self, name)))
+        if field is not None:  # timm resamples it in float32, which is not exact in float64
+            become(self.patch_embed, PatchEmbedWithPositions)
+            self.patch_embed.positions = parts.field((field.shape[1], field.shape[2]), 0)
+        if not isinstance(self.neck, nn.Identity):
+            self.neck = parts.sam_neck(self.neck, "neck")
+
+    @property
+    def head_rep(self) -> Rep:
+        rep: Rep = getattr(self.neck, "rep", self.rep)
+        return rep
+
+    @property
+    def head_drop(self) -> nn.Dropout:
+        """Dropout in front of the classifier."""
+        return self.head.drop
+
+    def _classifier(self, head: nn.Module, name: str, dd: dict[str, Any]) -> nn.Module:
+        if type(head) is not ClassifierHead or head.use_conv:
+            raise ValueError(f"module {name} is a {type(head).__name__}, which has no equivariant counterpart")
+        self._reset_head(head, dd)
+        return head
+
+    def _reset_head(self, head: Any, dd: dict[str, Any]) -> None:
+        """A new classifier on the invariants."""
+        count = self.head_hidden_size
+        head.fc = nn.Linear(count, self.num_classes, **dd) if self.num_classes else nn.Identity()
+        head.in_features = head.num_features = count
+        head.train(self.training)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Replace the head; see timm.
+
+        Raises:
+            ValueError: if the pooling would break the symmetry, or there is none in front of a classifier.
+        """
+        if global_pool is not None:
+            check_pooling(global_pool, self._has_token(), self.design)
+            self.global_pool = global_pool
+        if num_classes and not self.global_pool:
+            raise ValueError("global_pool='' leaves a map, which the classifier cannot read; use 'avg'")
+        weight = next(self.parameters())
+        dd: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        if self.invariants.rep != self.head_rep:  # timm took the neck away
+            self._make_invariants(dd)
+        self.num_classes = num_classes
+        self.head.global_pool = SelectAdaptivePool2d(pool_type=self.global_pool, flatten=bool(self.global_pool))
+        self._reset_head(self.head, dd)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        super().init_weights(mode, needs_reset)
+        if isinstance(self.patch_embed, PatchEmbedWithPositions):
+            self.patch_embed.positions.reset_parameters(self.token_std)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay: the position embedding."""
+        return {name for name, _ in self.named_parameters() if name.startswith("patch_embed.positions.")}
+
+    def _set_grid(self, grid: tuple[int, int]) -> None:
+        if isinstance(self.patch_embed, PatchEmbedWithPositions):
+            self.patch_embed.positions = self.patch_embed.positions.resized(grid)
+        if self.rope_global is not None:
+            self.rope_global.update_feat_shape(list(grid))
+
+    def patch_features(self, x: Tensor) -> Tensor:
+        return self.forward_features(x).permute(0, 2, 3, 1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """See :meth:`EquivariantTransformer.forward_head`; features are a map ``(B, num_features, H, W)``."""
+        x = self._invariants(self.head.global_pool(x).movedim(1, -1), pre_logits).movedim(-1, 1)
+        return x if pre_logits else self.head.fc(x)
+
+
 #: The class of the twin for every class of timm that has one.
 TWIN_CLASSES: dict[type[nn.Module], type[EquivariantTransformer]] = {
     VisionTransformer: EquivariantVisionTransformer,
@@ -190,4 +285,5 @@ TWIN_CLASSES: dict[type[nn.Module], type[EquivariantTransformer]] = {
     Beit: EquivariantBeit,
     VisionTransformerRelPos: EquivariantVisionTransformerRelPos,
     NaFlexVit: EquivariantNaFlexVit,
+    VisionTransformerSAM: EquivariantVisionTransformerSAM,
 }

@@ -22,7 +22,7 @@ from equiflop.nn.point_embed import PointEmbed
 from equiflop.nn.pos_embed import PositionEmbedding, act_on_channels
 from equiflop.nn.position import PositionBias, RotaryPositions
 from equiflop.nn.several import LinearFromSeveral, LinearToSeveral
-from equiflop.nn.spatial import ToSpatial
+from equiflop.nn.spatial import FromSpatial, ToSpatial
 from equiflop.nn.tied_conv import TiedBatchNorm2d, TiedConv2d
 from equiflop.nn.token_mixing import TokenMixing
 
@@ -37,6 +37,7 @@ __all__ = [
     "Dropout",
     "FixedTensors",
     "FourierActivation",
+    "FromSpatial",
     "GraphInvariants",
     "GraphLinear",
     "GridTransform",

@@ -1,4 +1,4 @@
-"""From irreps to the spatial domain, where the group only permutes."""
+"""From irreps to the spatial domain, where the group only permutes, and back."""
 
 from __future__ import annotations
 
@@ -56,3 +56,20 @@ class ToSpatial(FixedTensors):
 
     def extra_repr(self) -> str:
         return f"{self.rep}, by {'matrix product' if self.plan is None else 'additions'}"
+
+
+class FromSpatial(ToSpatial):
+    """The group Fourier transform: the inverse of :class:`ToSpatial`, at the same cost.
+
+    Shape: ``(..., |G|, copies)`` to ``(..., rep.dim)``.
+    """
+
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds for an input ``(..., |G|, copies)``."""
+        return math.prod(shapes[0][:-2]) * self.macs_per_vector
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.plan is None:
+            return (self.fourier.to(x.dtype) @ x).flatten(-2)
+        rows = self.plan.analyse([x[..., g, :] for g in range(self.rep.group.order)])
+        return torch.cat([row * scale for row, scale in zip(rows, self.plan.scale, strict=True)], dim=-1)
