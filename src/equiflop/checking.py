@@ -254,7 +254,7 @@ class _Images:
     def __init__(self, model: Any, group: ImageGroup, input_size: tuple[int, ...] | None) -> None:
         self.model = model
         self.group: ImageGroup = group
-        self.input_size = _image_shape(model, input_size if input_size is not None else _own_input_size(model))
+        self.input_size = _image_shape(model, input_size if input_size is not None else own_input_size(model))
         self._types: dict[str, Rep | Action | None] = {}
 
     def sample_inputs(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -420,7 +420,13 @@ def _group_to_try(model: nn.Module, group: str | ImageGroup | None) -> ImageGrou
     return _found_in_parts(model, own) or as_image_group("flop")
 
 
-def _own_input_size(model: nn.Module) -> tuple[int, ...]:
+def own_input_size(model: nn.Module) -> tuple[int, ...]:
+    """The image size that a network, or a part of it, says: (height, width), or with channels in front.
+
+    Raises:
+        ValueError: if none does.
+    """
+
     def built_for(part: Any) -> tuple[int, ...] | None:
         for holder in (getattr(part, "patch_embed", None), getattr(part, "stem", None), part):
             size = getattr(holder, "img_size", None)

@@ -22,6 +22,7 @@ COMMANDS = {
     "plot": ("equiflop.cli.plot", "Compare training runs in a figure."),
     "predict": ("equiflop.cli.predict", "Classify image files."),
     "convert": ("equiflop.cli.convert", "Convert official weights."),
+    "export": ("equiflop.cli.export", "Write a model for a runtime, and prove the file there."),
     "demo": ("equiflop.cli.demo", "Train a small E(ViT) and its plain twin side by side, in minutes."),
 }
 _USER_ERROR = 2
@@ -66,7 +67,7 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, ImportError) as error:
             if os.environ.get("EQUIFLOP_DEBUG"):
                 raise
             _fail(ctx, _one_line(error), _USER_ERROR)

@@ -264,7 +264,7 @@ def _from_heads(x: Tensor, layout: Layout, attention: Attention) -> list[Tensor]
     return layout.plan.analyse([x[:, :, k * per_copy : (k + 1) * per_copy].flatten(2) for k in range(layout.order)])
 
 
-def _fits(x: Tensor, layout: Layout, parts: Sequence[Parts]) -> bool:
+def fits(x: Tensor, layout: Layout, parts: Sequence[Parts]) -> bool:
     """Whether everything is made of lanes: regular types, transforms by additions, no irrep missing."""
     if layout.copies is None:
         return False
@@ -290,10 +290,10 @@ TABLE["attention"] = (
 TABLE["branches"] = (
     Variant(
         "parts",
-        lambda *args: _fits(*args) and (is_traced_for_kernels() or is_eager(args[0])) and _is_large(*args),
+        lambda *args: fits(*args) and (is_traced_for_kernels() or is_eager(args[0])) and _is_large(*args),
         _in_parts,
         "MLP with more than 25 MB of hidden features, CPU, no gradients, batch of known size",
     ),
-    Variant("lanes", lambda *args: _fits(*args) and is_traced_for_kernels(), _by_lanes, "torch.compile"),
-    Variant("eager", lambda *args: _fits(*args) and is_eager(args[0]), _eager, "eager, on tensors with numbers"),
+    Variant("lanes", lambda *args: fits(*args) and is_traced_for_kernels(), _by_lanes, "torch.compile"),
+    Variant("eager", lambda *args: fits(*args) and is_eager(args[0]), _eager, "eager, on tensors with numbers"),
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _forced = os.environ.get("EQUIFLOP_KERNELS", "") == "reference"
+_for_runtimes = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,22 @@ def reference() -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def for_runtimes() -> Iterator[None]:
+    """Within this context operations take the form made for runtimes, which is meant to be traced by an export."""
+    global _for_runtimes
+    before, _for_runtimes = _for_runtimes, True
+    try:
+        yield
+    finally:
+        _for_runtimes = before
+
+
+def is_made_for_runtimes() -> bool:
+    """Whether the form made for runtimes is asked for."""
+    return _for_runtimes
 
 
 def is_traced_for_kernels() -> bool:

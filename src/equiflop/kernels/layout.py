@@ -46,6 +46,7 @@ class Layout:
         copies: copies of the regular representation, or None where the Rep is no multiple of it.
         plan: the group Fourier transform by additions, or None where there is none.
         text: the Rep in words, for messages.
+        additions: that transform as a matrix, from irreps to the group's basis: entries 0, 1 and -1; empty without one.
         gains: factor of each irrep's rows in the transform by additions; parameters carry it.
     """
 
@@ -56,6 +57,7 @@ class Layout:
     plan: FourierPlan | None
     gains: tuple[float, ...]
     text: str
+    additions: tuple[tuple[float, ...], ...] = ()
 
     @property
     def lane_spans(self) -> list[tuple[Span, int]]:
@@ -73,7 +75,15 @@ def layout_of(rep: Rep) -> Layout:
     )
     plan = fourier_plan(rep.group)
     gains = (1.0,) * len(spans) if plan is None else plan.irrep_scales(rep.group)
-    return Layout(rep.dim, rep.group.order, spans, rep.regular_copies or None, plan, gains, repr(rep))
+    copies = rep.regular_copies or None
+    return Layout(rep.dim, rep.group.order, spans, copies, plan, gains, repr(rep), _additions(plan, rep.group.order))
+
+
+def _additions(plan: FourierPlan | None, order: int) -> tuple[tuple[float, ...], ...]:
+    if plan is None:
+        return ()
+    lanes = torch.eye(order, device="cpu").unbind(0)
+    return tuple(tuple(row) for row in torch.stack(plan.synthesise(lanes)).tolist())
 
 
 def split(x: Tensor, layout: Layout) -> list[Tensor]:

@@ -18,12 +18,16 @@ Weighting = Literal["entries", "octic"]
 
 
 class Norm(NamedTuple):
-    """What a layer norm computes; weight per (irrep, multiplicity), bias on the trivial irrep."""
+    """What a layer norm computes; weight per (irrep, multiplicity), bias on the trivial irrep.
+
+    ``centred`` says that every row of the input has mean 0 already.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
     weighting: Weighting
+    centred: bool = False
 
 
 class Affine(NamedTuple):
@@ -44,7 +48,7 @@ def _reference(x: Tensor, layout: Layout, norm: Norm) -> Tensor:
         block - block.mean(dim=-1, keepdim=True) if span.multiplicity > 1 else block
         for block, span in zip(split(wide, layout), layout.spans, strict=True)
     ]
-    weights = _entry_weights(layout, norm)
+    weights = entry_weights(layout, norm)
     parts = [
         weight * block.square().sum(dim=(-2, -1))
         for block, weight, span in zip(centred, weights, layout.spans, strict=True)
@@ -84,7 +88,7 @@ def on_lanes(lanes: Sequence[Tensor], layout: Layout, norm: Norm) -> list[Tensor
     wide = [_wide(lane) for lane in lanes]
     sums = [lane.sum(dim=-1, keepdim=True) for lane in wide]
     centred, squares = [], []
-    weights = _entry_weights(layout, norm)
+    weights = entry_weights(layout, norm)
     copies = layout.copies or 1
     place = 0
     for span, entry in zip(layout.spans, weights, strict=True):
@@ -134,7 +138,7 @@ def _ones(norm: Norm, layout: Layout, like: Tensor) -> Tensor:
     return like.new_ones(count) if norm.weight is None else norm.weight.to(like.dtype)
 
 
-def _entry_weights(layout: Layout, norm: Norm) -> list[float]:
+def entry_weights(layout: Layout, norm: Norm) -> list[float]:
     """Weight of an entry's square in ``sigma^2``, for every irrep."""
     if norm.weighting == "entries":
         return [1.0 / layout.dim] * len(layout.spans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 
@@ -21,9 +22,14 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__
-        and all(p is None or type(p) in _PLAIN_TENSORS for p in module._parameters.values())
+        and (_is_traced() or all(p is None or type(p) in _PLAIN_TENSORS for p in module._parameters.values()))
         and not _modules._global_forward_hooks
         and not _modules._global_forward_pre_hooks
         and not _modules._global_backward_hooks
         and not _modules._global_backward_pre_hooks
     )
+
+
+def _is_traced() -> bool:
+    """Whether an export is at work: then parameters are stand-ins of other types."""
+    return torch.compiler.is_exporting()

@@ -63,7 +63,9 @@ class LayerNorm(nn.Module):
             raise ValueError(f"weighting={weighting!r} is unknown; choose 'entries' or 'octic'")
         self.rep = rep
         self.eps = eps
-        self.weighting = weighting
+        self.weighting: Weighting = weighting
+        #: Whether every row of the input has mean 0 already, as an export makes it; then nothing is subtracted.
+        self.centred = False
         self._layout = layout_of(rep)
         channels = sum(rep.multiplicities)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if affine else None
@@ -77,7 +79,7 @@ class LayerNorm(nn.Module):
 
     def parts(self) -> kernels.Norm:
         """What a kernel needs."""
-        return kernels.Norm(self.weight, self.bias, self.eps, self.weighting)
+        return kernels.Norm(self.weight, self.bias, self.eps, self.weighting, self.centred)
 
     def forward(self, x: Tensor) -> Tensor:
         check_axis(x, self.rep.dim, self._layout.text)

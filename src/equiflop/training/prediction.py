@@ -55,7 +55,7 @@ class Classifier:
         preprocessing = published_preprocessing(name)
         if preprocessing is None:
             raise ValueError(f"model={name!r}: timm says nothing about its input, so its weights cannot be used")
-        return cls(name, model, _published_classes(model), preprocessing)
+        return cls(name, model, published_classes(model), preprocessing)
 
     def check_classes(self, classes: tuple[str, ...]) -> None:
         """See that a data set has this network's classes.
@@ -136,8 +136,8 @@ def _best(logits: Tensor, classes: tuple[str, ...], count: int) -> tuple[Answer,
     return tuple(Answer(classes[i], float(p)) for p, i in zip(top.values, top.indices.tolist(), strict=True))
 
 
-def _published_classes(model: nn.Module) -> tuple[str, ...]:
-    """ImageNet's names where timm knows that the model was trained on it, else numbers."""
+def published_classes(model: nn.Module) -> tuple[str, ...]:
+    """Names of a model's classes: ImageNet's names where timm knows that the model was trained on it, else numbers."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     count = int(model.num_classes)  # type: ignore[arg-type]

@@ -1,0 +1,8 @@
+"""Networks on their way to where they run: exported in a form made for runtimes, and proven there."""
+
+from equiflop.deploy.export import Exported, ExportError, export
+from equiflop.deploy.prepare import prepared
+from equiflop.deploy.proof import Proof, Speed
+from equiflop.deploy.targets import TARGETS
+
+__all__ = ["TARGETS", "ExportError", "Exported", "Proof", "Speed", "export", "prepared"]

@@ -1,0 +1,158 @@
+"""Exporting a network: written in the form made for runtimes, proven in its runtime, then put in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from equiflop.deploy import proof as proofs
+from equiflop.deploy.prepare import prepared
+from equiflop.deploy.proof import Proof
+from equiflop.deploy.subject import Subject
+from equiflop.deploy.targets import Settings, Target, target_of
+from equiflop.files import failures_named
+from equiflop.models.entry_points import plain_twin
+
+#: Images by which the ranges of int8 are found; fewer draw a warning by the command.
+CALIBRATION_IMAGES = 300
+
+
+class ExportError(ValueError):
+    """A network that cannot be exported, or a file that is not what it should be; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file and what was found about it.
+
+    Attributes:
+        path: the file.
+        name: of the model.
+        to: the target.
+        precision: of its products.
+        batch: the size of its batches, or None for any.
+        metadata: what is written in it.
+        proof: what it does in its runtime.
+    """
+
+    path: Path
+    name: str
+    to: str
+    precision: str
+    batch: int | None
+    metadata: dict[str, str]
+    proof: Proof
+
+
+def export(
+    model: str | Path | nn.Module,
+    path: str | Path,
+    to: str = "onnx",
+    precision: str = "float32",
+    *,
+    settings: dict[str, Any] | None = None,
+    data: str | None = None,
+    dynamic_batch: bool = False,
+    dynamic_size: bool = False,
+    batch: int = 1,
+    images: int = 64,
+    compare: bool = False,
+) -> Exported:
+    """Write a network for a runtime, and prove there that the file does what the network does.
+
+    The file is written under another name first, run in its runtime, and compared with the network: output, answers to
+    moved images, likeliest classes, speed. Only a file that passes gets its name.
+
+    Args:
+        model: a network, the name of one (of ours, of timm, or ``twin:NAME``; random weights), or what ``equiflop
+            train`` wrote.
+        path: the file to write; the suffix is the target's (``.onnx``, ``.xml``, ``.pt2``).
+        to: ``"onnx"``, ``"openvino"``, ``"torch-export"`` or ``"aoti"``.
+        precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``, as far as the target knows it.
+        settings: for a name, keywords of the model.
+        data: a data set whose images are compared, and for int8 used to find ranges; see
+            :func:`equiflop.data.open_data`.
+        dynamic_batch: whether the file takes batches of any size.
+        dynamic_size: whether it takes images of any size; for networks that do.
+        batch: without ``dynamic_batch``, the size of its batches.
+        images: how many images are compared.
+        compare: whether the plain twin is exported the same way and timed beside it.
+
+    Raises:
+        ExportError: if the network cannot be exported or the file fails its proof; the message says why.
+        ValueError: if an argument does not fit.
+        ImportError: if a package of the target is missing; the message names the extra that brings it.
+        OSError: if the file cannot be written.
+    """
+    target = target_of(to, precision)
+    subject = Subject.of(model, settings)
+    path = _checked_path(Path(path), target)
+    if batch < 1:
+        raise ValueError(f"batch={batch} must be at least 1")
+    if precision == "int8" and data is None:
+        raise ValueError("precision='int8' finds its ranges from images; give data, such as the training set")
+    plain = _plain_of(subject, settings) if compare else None
+    some, source = proofs.sample_images(subject, data, images)
+    calibration = proofs.sample_images(subject, data, CALIBRATION_IMAGES)[0] if precision == "int8" else None
+    fixed = None if dynamic_batch else batch
+    options = Settings(precision, dynamic_batch, dynamic_size, calibration, subject.metadata(precision))
+    with failures_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            _write(subject, target, made, options, batch)
+            found = proofs.prove(subject, target, made, precision, fixed, some, source)
+            if found.faults:
+                raise ExportError(
+                    f"{subject.name} for {to} in {precision}: {'; '.join(found.faults)}; nothing was written"
+                )
+            if plain is not None:
+                beside = Path(folder) / f"plain{target.suffix}"
+                _write(plain, target, beside, dataclasses.replace(options, metadata=plain.metadata(precision)), batch)
+                runners = (target.load(made, precision), target.load(beside, precision))
+                own, theirs, ratios = proofs.beside_plain(*runners, some, fixed)
+                found = dataclasses.replace(found, speed=own, plain=theirs, speedup=ratios)
+                del runners
+            for file in sorted(Path(folder).glob(f"{path.stem}.*"), key=lambda file: file == made):
+                os.replace(file, path.with_name(file.name))  # what lies beside it first
+    return Exported(path, subject.name, to, precision, fixed, options.metadata, found)
+
+
+def _write(subject: Subject, target: Target, path: Path, options: Settings, batch: int) -> None:
+    example = subject.example(2 if options.dynamic_batch else batch)
+    network = prepared(subject.model, options.dynamic_size)
+    try:
+        target.write(network, example, path, options)
+    except OSError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"{subject.name} cannot be exported: {reason}; nothing was written") from error
+
+
+def _checked_path(path: Path, target: Target) -> Path:
+    if path.suffix != target.suffix:
+        raise ValueError(f"path={str(path)!r} must end in {target.suffix}")
+    if path.is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder; give the name of a file ending in {target.suffix}")
+    return path
+
+
+def _plain_of(subject: Subject, settings: dict[str, Any] | None) -> Subject:
+    """The plain twin with random weights, which take as long as others."""
+    if subject.group is None:
+        raise ValueError(f"compare=True: {subject.name} is a plain network itself")
+    try:
+        name, _ = plain_twin(subject.name)
+    except ValueError as error:
+        raise ValueError(f"compare=True: {error}") from error
+    own = ("group", "heads", "invariants", "multiplicities", "norm_eps", "norm_weighting", "token_std", "design")
+    keywords = {key: value for key, value in (settings or {}).items() if key not in own}
+    size = {"img_size": subject.input_size[1:]} if hasattr(subject.model, "patch_embed") else {}
+    return Subject.of(name, {**size, "num_classes": len(subject.classes), **keywords})

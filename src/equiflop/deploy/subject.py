@@ -1,0 +1,109 @@
+"""What is exported: a network with all that somebody needs who has the file alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import equiflop
+from equiflop.checking import own_input_size
+from equiflop.data import Preprocessing
+from equiflop.image_group import ImageGroup
+from equiflop.training.model_spec import create_model
+from equiflop.training.prediction import Classifier, published_classes
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network that is exported.
+
+    Attributes:
+        name: what it is called.
+        model: in evaluation mode, in float32, on the CPU.
+        preprocessing: what its input is.
+        classes: names of the classes in the order of the logits; empty where its output is something else.
+    """
+
+    name: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: str | Path | nn.Module, settings: dict[str, Any] | None = None) -> Subject:
+        """A network, a model's name (random weights), or what ``equiflop train`` wrote.
+
+        Args:
+            model: the network, a name that timm knows or ``twin:NAME``, or the path of a run's folder, of its weights
+                or of a checkpoint.
+            settings: for a name, keywords of the model.
+
+        Raises:
+            ValueError: if the name is unknown, or ``settings`` are given for anything but a name.
+            CheckpointError: if a file is missing or damaged.
+        """
+        if isinstance(model, nn.Module):
+            if settings:
+                raise ValueError("settings are for names of models, not for a network")
+            network = copy.deepcopy(getattr(model, "_orig_mod", model))
+            return cls._with(type(network).__name__, network)
+        if Path(model).exists():
+            if settings:
+                raise ValueError(f"--set does not apply to {str(model)!r}: the file says how its model is made")
+            found = Classifier.from_file(model)
+            return cls(found.name, found.model.float().eval(), found.preprocessing, found.classes)
+        return cls._with(str(model), create_model(str(model), settings or {}))
+
+    @classmethod
+    def _with(cls, name: str, network: nn.Module) -> Subject:
+        size = own_input_size(network)
+        noted = getattr(network, "pretrained_cfg", None) or {}
+        preprocessing = Preprocessing(
+            (int(getattr(network, "in_chans", 3)), *(size or noted.get("input_size", (3, 224, 224)))[-2:]),
+            tuple(noted.get("mean", (0.0, 0.0, 0.0))),
+            tuple(noted.get("std", (1.0, 1.0, 1.0))),
+            noted.get("interpolation", "bicubic"),
+            noted.get("crop_pct", 1.0),
+        )
+        classes = published_classes(network) if getattr(network, "num_classes", 0) else ()
+        return cls(name, network.float().cpu().eval(), preprocessing, classes)
+
+    @property
+    def group(self) -> ImageGroup | None:
+        """The group whose action the output follows; None for a plain network."""
+        return getattr(self.model, "group", None)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.preprocessing.input_size
+
+    def metadata(self, precision: str) -> dict[str, str]:
+        """What is written into the file, as text."""
+        about = self.preprocessing
+        return {
+            "model": self.name,
+            "description": f"{self.name}, exported by equiflop {equiflop.__version__}",
+            "version": equiflop.__version__,
+            "group": self.group.name if self.group is not None else "",
+            "precision": precision,
+            "input_size": json.dumps(about.input_size),
+            "mean": json.dumps(about.mean),
+            "std": json.dumps(about.std),
+            "interpolation": about.interpolation,
+            "crop_pct": str(about.crop_pct),
+            "labels": json.dumps(self.classes),
+            "macs": str(equiflop.macs(self.model, about.input_size)),
+            "parameters": str(sum(p.numel() for p in self.model.parameters())),
+            "license": str((getattr(self.model, "pretrained_cfg", None) or {}).get("license") or ""),
+        }
+
+    def example(self, batch: int, seed: int = 0) -> torch.Tensor:
+        """Random images."""
+        return torch.randn(batch, *self.input_size, generator=torch.Generator().manual_seed(seed))
