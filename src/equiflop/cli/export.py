@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from equiflop.cli.options import KeyValue, json_option
+from equiflop.cli.options import ImageSize, KeyValue, json_option
 
 if TYPE_CHECKING:
     from equiflop.deploy import Exported
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     help="Of weights and products; int8 needs --data.",
 )
 @click.option("-o", "--output", type=click.Path(), required=True, help="The file, ending in .onnx, .xml or .pt2.")
+@click.option("--img-size", type=ImageSize(), help="Image size, such as 224 or 256x192. Default: the model's own.")
 @click.option("--data", help="Data set whose images are compared and, for int8, give the ranges.")
 @click.option("--dynamic-batch", is_flag=True, help="Take batches of any size.")
 @click.option("--dynamic-size", is_flag=True, help="Take images of any size, where the model does.")
@@ -43,6 +44,7 @@ def command(
     to: str,
     precision: str,
     output: str,
+    img_size: tuple[int, int] | None,
     data: str | None,
     dynamic_batch: bool,
     dynamic_size: bool,
@@ -72,6 +74,7 @@ def command(
         to,
         precision,
         settings=dict(settings),
+        img_size=img_size,
         data=data,
         dynamic_batch=dynamic_batch,
         dynamic_size=dynamic_size,

@@ -57,6 +57,7 @@ def export(
     precision: str = "float32",
     *,
     settings: dict[str, Any] | None = None,
+    img_size: tuple[int, int] | None = None,
     data: str | None = None,
     dynamic_batch: bool = False,
     dynamic_size: bool = False,
@@ -76,6 +77,7 @@ def export(
         to: ``"onnx"``, ``"openvino"``, ``"torch-export"`` or ``"aoti"``.
         precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``, as far as the target knows it.
         settings: for a name, keywords of the model.
+        img_size: height and width of the images, in place of the model's own.
         data: a data set whose images are compared, and for int8 used to find ranges; see
             :func:`equiflop.data.open_data`.
         dynamic_batch: whether the file takes batches of any size.
@@ -91,7 +93,7 @@ def export(
         OSError: if the file cannot be written.
     """
     target = target_of(to, precision)
-    subject = Subject.of(model, settings)
+    subject = Subject.of(model, settings, img_size)
     path = _checked_path(Path(path), target)
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1")
@@ -154,5 +156,4 @@ def _plain_of(subject: Subject, settings: dict[str, Any] | None) -> Subject:
         raise ValueError(f"compare=True: {error}") from error
     own = ("group", "heads", "invariants", "multiplicities", "norm_eps", "norm_weighting", "token_std", "design")
     keywords = {key: value for key, value in (settings or {}).items() if key not in own}
-    size = {"img_size": subject.input_size[1:]} if hasattr(subject.model, "patch_embed") else {}
-    return Subject.of(name, {**size, "num_classes": len(subject.classes), **keywords})
+    return Subject.of(name, {"num_classes": len(subject.classes), **keywords}, subject.input_size[1:])

@@ -36,6 +36,10 @@ class FoldedPatchEmbed(PatchEmbed):
     kernel: Tensor
     kernel_bias: Tensor | None
 
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds for images ``(B, C, H, W)``: those of the plain network."""
+        return shapes[0].numel() * len(self.kernel)
+
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_chans, self.img_size if self.strict_img_size else None, self.patch_size)
         x = F.conv2d(x, self.kernel, self.kernel_bias, stride=self.patch_size)
@@ -45,16 +49,26 @@ class FoldedPatchEmbed(PatchEmbed):
 
 
 class FixedField(nn.Module):
-    """A position embedding on its own grid as a constant."""
+    """A position embedding as a constant; on another grid than its own it is made as before.
+
+    Args:
+        made_by: the position embedding.
+    """
 
     field: Tensor
 
-    def __init__(self, field: Tensor) -> None:
+    def __init__(self, made_by: PositionEmbedding) -> None:
         super().__init__()
-        self.register_buffer("field", field)
+        self.register_buffer("field", made_by())
+        self.grid_size = made_by.grid_size
+        self.made_by: PositionEmbedding | None = made_by
 
     def forward(self, grid_size: tuple[int, int] | None = None) -> Tensor:
-        return self.field
+        if grid_size is None or tuple(grid_size) == self.grid_size:
+            return self.field
+        if self.made_by is None:
+            raise ValueError(f"this network was prepared for {self.grid_size} tokens, not {tuple(grid_size)}")
+        return self.made_by(grid_size)
 
 
 @torch.no_grad()
@@ -69,19 +83,15 @@ def prepared(model: nn.Module, dynamic_size: bool = False) -> nn.Module:
     readers = [] if dynamic_size else _readers(fixed)
     scales = _scales(readers[0]) if readers else []
     for norm in readers:
-        _weigh_rows_alike(norm, scales)
+        _weigh_rows_alike(norm, scales, next(fixed.parameters()).dtype)
     for module in fixed.modules():
         fold_constants(module)
     for module in list(fixed.modules()):
-        if isinstance(module, PatchEmbed):
+        if type(module) is PatchEmbed:
             _fold_patches(module)
         for name, child in list(module.named_children()):
-            if (
-                isinstance(child, PositionEmbedding)
-                and not dynamic_size
-                and not getattr(module, "dynamic_img_size", False)
-            ):
-                setattr(module, name, FixedField(child()))
+            if isinstance(child, PositionEmbedding) and not dynamic_size:
+                setattr(module, name, FixedField(child))
     if readers:
         _centre_stream(_transformer(fixed), scales)
     return fixed
@@ -102,7 +112,7 @@ def _readers(model: Any) -> list[LayerNorm]:
         part is None or isinstance(part, nn.Identity)
         for part in (network.embedding.norm, getattr(network, "norm_pre", None))
     )
-    last = network.norm
+    last = getattr(network, "norm", None)
     if isinstance(last, nn.Identity) and getattr(network, "attn_pool", None) is None:
         last = network.fc_norm
     norms = [last, *(norm for block in network.blocks for norm in _norms(block))]
@@ -125,12 +135,13 @@ def _scales(norm: LayerNorm) -> list[float]:
     return [(weight * norm.rep.dim) ** 0.5 for weight in entry_weights(norm._layout, norm.parts())]
 
 
-def _weigh_rows_alike(norm: LayerNorm, scales: list[float]) -> None:
+def _weigh_rows_alike(norm: LayerNorm, scales: list[float], dtype: torch.dtype) -> None:
     """Let a norm read a stream whose channels are scaled."""
     if norm.weighting != "entries":
-        factors = [torch.full((m,), 1 / scale) for m, scale in zip(norm.rep.multiplicities, scales, strict=True)]
+        multiplicities = norm.rep.multiplicities
+        factors = [torch.full((m,), 1 / scale, dtype=dtype) for m, scale in zip(multiplicities, scales, strict=True)]
         factor = torch.cat(factors)
-        norm.weight = nn.Parameter(factor if norm.weight is None else norm.weight * factor.to(norm.weight), False)
+        norm.weight = nn.Parameter(factor if norm.weight is None else norm.weight * factor, False)
         norm.weighting = "entries"
     norm.centred = True
 
@@ -144,7 +155,7 @@ def _centre_stream(network: Any, scales: list[float]) -> None:
         embed.kernel_bias = _written(embed.kernel_bias, rep, scales)
     field = getattr(network, "pos_embed", None)
     if isinstance(field, FixedField):
-        field.field = _written(field.field, rep, scales)
+        field.field, field.made_by = _written(field.field, rep, scales), None
     for name in TOKENS:
         token = network._parameters.get(name)
         if token is not None:  # invariant channels alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import equiflop
 from equiflop.checking import own_input_size
 from equiflop.data import Preprocessing
 from equiflop.image_group import ImageGroup
-from equiflop.training.model_spec import create_model
+from equiflop.training.model_spec import check_model_name, check_takes, create_model, input_keywords
 from equiflop.training.prediction import Classifier, published_classes
 
 
@@ -36,43 +37,57 @@ class Subject:
     classes: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: str | Path | nn.Module, settings: dict[str, Any] | None = None) -> Subject:
+    def of(
+        cls,
+        model: str | Path | nn.Module,
+        settings: dict[str, Any] | None = None,
+        img_size: tuple[int, int] | None = None,
+    ) -> Subject:
         """A network, a model's name (random weights), or what ``equiflop train`` wrote.
 
         Args:
             model: the network, a name that timm knows or ``twin:NAME``, or the path of a run's folder, of its weights
                 or of a checkpoint.
             settings: for a name, keywords of the model.
+            img_size: height and width of the images in place of the model's own.
 
         Raises:
-            ValueError: if the name is unknown, or ``settings`` are given for anything but a name.
+            ValueError: if the name is unknown, ``settings`` are given for anything but a name, or the network does not
+                take images of that size.
             CheckpointError: if a file is missing or damaged.
         """
         if isinstance(model, nn.Module):
             if settings:
                 raise ValueError("settings are for names of models, not for a network")
             network = copy.deepcopy(getattr(model, "_orig_mod", model))
-            return cls._with(type(network).__name__, network)
+            return cls._with(type(network).__name__, network, img_size)
         if Path(model).exists():
             if settings:
                 raise ValueError(f"--set does not apply to {str(model)!r}: the file says how its model is made")
             found = Classifier.from_file(model)
-            return cls(found.name, found.model.float().eval(), found.preprocessing, found.classes)
-        return cls._with(str(model), create_model(str(model), settings or {}))
+            sized = _sized(found.name, found.model, found.preprocessing, img_size)
+            return cls(found.name, found.model.float().eval(), sized, found.classes)
+        name, keywords = str(model), dict(settings or {})
+        check_model_name(name)
+        if img_size is not None and "img_size" in input_keywords(name, (3, *img_size)):
+            keywords.setdefault("img_size", img_size)
+        return cls._with(name, create_model(name, keywords), img_size)
 
     @classmethod
-    def _with(cls, name: str, network: nn.Module) -> Subject:
-        size = own_input_size(network)
+    def _with(cls, name: str, network: nn.Module, img_size: tuple[int, int] | None) -> Subject:
         noted = getattr(network, "pretrained_cfg", None) or {}
+        built_for = getattr(getattr(network, "patch_embed", None), "img_size", None) or noted.get("input_size")
+        size = tuple(built_for or own_input_size(network))[-2:]
         preprocessing = Preprocessing(
-            (int(getattr(network, "in_chans", 3)), *(size or noted.get("input_size", (3, 224, 224)))[-2:]),
+            (int(getattr(network, "in_chans", 3)), int(size[0]), int(size[1])),
             tuple(noted.get("mean", (0.0, 0.0, 0.0))),
             tuple(noted.get("std", (1.0, 1.0, 1.0))),
             noted.get("interpolation", "bicubic"),
             noted.get("crop_pct", 1.0),
         )
+        network = network.float().cpu().eval()
         classes = published_classes(network) if getattr(network, "num_classes", 0) else ()
-        return cls(name, network.float().cpu().eval(), preprocessing, classes)
+        return cls(name, network, _sized(name, network, preprocessing, img_size), classes)
 
     @property
     def group(self) -> ImageGroup | None:
@@ -99,11 +114,28 @@ class Subject:
             "interpolation": about.interpolation,
             "crop_pct": str(about.crop_pct),
             "labels": json.dumps(self.classes),
-            "macs": str(equiflop.macs(self.model, about.input_size)),
+            "macs": self._macs(),
             "parameters": str(sum(p.numel() for p in self.model.parameters())),
             "license": str((getattr(self.model, "pretrained_cfg", None) or {}).get("license") or ""),
         }
 
+    def _macs(self) -> str:
+        try:
+            return str(equiflop.macs(self.model, self.input_size))
+        except (ValueError, RuntimeError):  # a network with products of a kind that has no counter
+            return ""
+
     def example(self, batch: int, seed: int = 0) -> torch.Tensor:
         """Random images."""
         return torch.randn(batch, *self.input_size, generator=torch.Generator().manual_seed(seed))
+
+
+def _sized(name: str, network: Any, about: Preprocessing, img_size: tuple[int, int] | None) -> Preprocessing:
+    """The description of images of another size, which the network takes from now on."""
+    if img_size is None or img_size == about.input_size[1:]:
+        return about
+    if hasattr(network, "set_input_size"):
+        network.set_input_size(img_size)
+    size = (about.input_size[0], *img_size)
+    check_takes(network, name, size)
+    return dataclasses.replace(about, input_size=size)

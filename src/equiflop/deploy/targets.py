@@ -20,8 +20,10 @@ from equiflop.kernels import for_runtimes
 #: A file that is ready to run: images ``(B, C, H, W)`` to the output, both float32.
 Runner = Callable[[np.ndarray], np.ndarray]
 
-#: The version of ONNX's operators: the first with an operator for attention.
+#: The version of ONNX's operators: the first with an operator for attention. ONNX Runtime 1.32 does not load quantised
+#: files of it (it makes unsigned numbers of signed ones, and trips over the type that is noted since version 21).
 OPSET = 23
+OPSET_OF_INT8 = 20
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Onnx(Target):
         half = settings.precision == "float16"
         if half:
             network, example = network.half(), example.half()
-        program: Any = _onnx_program(network, example, settings)
+        opset = OPSET_OF_INT8 if settings.precision == "int8" else OPSET
+        program: Any = _onnx_program(network, example, settings, opset)
         model = program.model_proto
         if settings.precision == "int8":
             model = _quantised(model, settings)
@@ -271,13 +274,13 @@ def _program(network: nn.Module, example: torch.Tensor, settings: Settings) -> A
         return torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes(settings))
 
 
-def _onnx_program(network: nn.Module, example: torch.Tensor, settings: Settings) -> Any:
+def _onnx_program(network: nn.Module, example: torch.Tensor, settings: Settings, opset: int = OPSET) -> Any:
     with torch.no_grad(), for_runtimes():
         program = torch.onnx.export(
             network,
             (example,),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=["images"],
             output_names=["output"],
             dynamic_shapes=_dynamic_shapes(settings),

@@ -89,9 +89,8 @@ def _mlp(rows: Sequence[Tensor], layout: Layout, mlp: branch.Mlp) -> list[Tensor
     hidden = to_group(products(rows, layout, mlp.fc1), mlp.hidden)
     if mlp.bias1 is not None:
         biases = mlp.bias1.unflatten(-1, (mlp.hidden.order, -1))
-        hidden = (
-            [value + biases[..., i, :] for i, value in enumerate(hidden)] if len(hidden) > 1 else [hidden[0] + biases]
-        )
+        each = biases.unbind(-2) if mlp.hidden.order <= FEW else [biases]
+        hidden = [value + bias for value, bias in zip(hidden, each, strict=True)]
     out = products(from_group([mlp.act(value) for value in hidden], mlp.hidden), mlp.hidden, mlp.fc2)
     if mlp.bias2 is None:
         return out
@@ -182,7 +181,7 @@ def written(rows: Sequence[Tensor], layout: Layout, order: Order) -> Tensor:
                 row if span.dim == 1 else row.transpose(-3, -2) for row, span in zip(apart, layout.spans, strict=True)
             ]
         values = to_group(rows, layout)
-        axis = torch.cat(values, dim=-1) if len(values) > 1 else values[0].flatten(-2)
+        axis = torch.cat(values, dim=-1) if layout.order <= FEW else values[0].flatten(-2)
         return axis.flatten(-2) if order.sections > 1 else axis
     parts = []
     for row, span in zip(rows, layout.spans, strict=True):
