@@ -2,7 +2,8 @@
 
 What :mod:`equiflop.kernels.runtime` cannot do, since it needs other weights, happens here, on a copy:
 
-* the patch embedding becomes one convolution with its whole kernel, a position embedding one constant;
+* the patch embedding becomes one convolution with its whole kernel, a position embedding and a bias that depends on the
+  token one constant, token mixing one dense product;
 * layer scales and affine parts of norms move into the linear maps beside them;
 * in E(ViT) whatever is added to the residual stream is centred, row by row. All norms subtract the means of rows, so
   nothing else sees the difference, and the norms become plain layer norms, which runtimes know. Where the rows of an
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 from equiflop.groups import Rep
 from equiflop.inference import fold_constants
 from equiflop.kernels import join, layout_of, split
+from equiflop.kernels.layout import per_channel
 from equiflop.kernels.norm import entry_weights
 from equiflop.models.dense import DenseModel
+from equiflop.models.equivariant_resmlp import EquivariantResBlock, MatchedBias
 from equiflop.models.equivariant_transformer import TOKENS, EquivariantTransformer
 from equiflop.models.tied import become
-from equiflop.nn import Block, LayerNorm, LayerScale, Linear, PatchEmbed, PositionEmbedding
+from equiflop.nn import Block, LayerNorm, LayerScale, Linear, PatchEmbed, PositionEmbedding, TokenMixing
 from equiflop.nn.checks import check_images
 
 
@@ -71,6 +74,43 @@ class FixedField(nn.Module):
         return self.made_by(grid_size)
 
 
+class MixedTokens(nn.Module):
+    """Token mixing as one dense product, affine "norm" and layer scale with it: ``M (x * factor) + table``.
+
+    The product has the MACs of the plain network, twice those of the map taken apart into irreps. In its place go the
+    transforms of all tokens, which cost runtimes more.
+
+    Args:
+        block: the block whose first branch it is.
+    """
+
+    matrix: Tensor
+    factor: Tensor
+    table: Tensor
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        mixing, norm, scale = block.linear_tokens, block.norm1, block.ls1
+        tokens, rep = mixing.transform.rep.dim, mixing.rep
+        like = mixing.bias
+        nothing = torch.zeros(tokens, tokens, rep.dim, dtype=like.dtype, device=like.device)
+        impulses = nothing.clone()
+        impulses.diagonal(dim1=0, dim2=1).fill_(1.0)  # image i has its token i, in all channels
+        at_rest = mixing(nothing[:1])[0]
+        gamma = per_channel(scale.gamma, layout_of(rep))
+        shift = norm(torch.zeros_like(at_rest))
+        self.register_buffer("matrix", (mixing(impulses)[..., 0] - at_rest[:, 0]).T.contiguous())
+        self.register_buffer("factor", gamma * (norm(torch.ones_like(gamma)) - norm(torch.zeros_like(gamma))))
+        self.register_buffer("table", gamma * (self.matrix @ shift + at_rest))
+
+    def macs(self, *shapes: torch.Size) -> int:
+        """Multiply-adds for ``(B, N, C)``."""
+        return shapes[0].numel() * len(self.matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(self.matrix, x * self.factor) + self.table
+
+
 @torch.no_grad()
 def prepared(model: nn.Module, dynamic_size: bool = False) -> nn.Module:
     """A copy of a network in evaluation mode, ready to be exported within ``kernels.for_runtimes()``.
@@ -89,6 +129,11 @@ def prepared(model: nn.Module, dynamic_size: bool = False) -> nn.Module:
     for module in list(fixed.modules()):
         if type(module) is PatchEmbed:
             _fold_patches(module)
+        if isinstance(module, EquivariantResBlock) and type(module.linear_tokens) is TokenMixing:
+            module.linear_tokens = MixedTokens(module)  # type: ignore[assignment]
+            module.norm1 = module.ls1 = nn.Identity()  # type: ignore[assignment]
+        if isinstance(module, MatchedBias):
+            module.whole = module.table()
         for name, child in list(module.named_children()):
             if isinstance(child, PositionEmbedding) and not dynamic_size:
                 setattr(module, name, FixedField(child))

@@ -76,6 +76,9 @@ class MatchedBias(FixedTensors):
         ]
         self.fix("fields", np.stack(fields, axis=1), device, dtype)
         self.bias = nn.Parameter(torch.zeros(rep.dim, device=device, dtype=dtype))
+        #: The whole table, where the bias does not change any more.
+        self.whole: Tensor | None
+        self.register_buffer("whole", None, persistent=False)
 
     def reset_parameters(self) -> None:
         """Zero."""
@@ -83,6 +86,8 @@ class MatchedBias(FixedTensors):
 
     def table(self) -> Tensor:
         """What is added to every token, ``(rows * columns, rep.dim)``."""
+        if self.whole is not None:
+            return self.whole
         fields = self.fields.to(self.bias.dtype)
         spans = self._layout.spans  # of one-dimensional irreps
         blocks = [fields[:, i, None, None] * self.bias[span.start : span.stop] for i, span in enumerate(spans)]
