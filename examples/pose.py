@@ -80,7 +80,7 @@ class Recipe:
     seed: int = 0
 
 
-FULL = Recipe(train_figures=20000, test_figures=2000, epochs=5)
+FULL = Recipe(train_figures=20000, test_figures=2000, epochs=15)
 QUICK = Recipe(train_figures=64, test_figures=16, epochs=1, batch_size=16, width=32, depth=2, heads=2)
 
 

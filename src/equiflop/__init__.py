@@ -3,6 +3,8 @@
 Importing it registers the models in timm, so ``timm.create_model("flop_deit3_base_patch16_224")`` works.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from equiflop import contract, convert, groups, models, nn
 from equiflop.checking import CheckReport, check
 from equiflop.counting import macs
@@ -13,6 +15,9 @@ from equiflop.inference import optimize_for_inference
 from equiflop.layers import linear_layers
 from equiflop.models import equivariant_models, plain_twin, twin
 from equiflop.warnings import EquiflopWarning
+
+if TYPE_CHECKING:
+    from equiflop.deploy import export
 
 __version__ = "0.1.0"
 
@@ -28,6 +33,7 @@ __all__ = [
     "contract",
     "convert",
     "equivariant_models",
+    "export",
     "groups",
     "linear_layers",
     "macs",
@@ -37,3 +43,12 @@ __all__ = [
     "plain_twin",
     "twin",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``export`` brings trainer and data sets along; it is imported when it is used."""
+    if name == "export":
+        from equiflop.deploy import export
+
+        return export
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -134,7 +134,10 @@ def _write(subject: Subject, target: Target, path: Path, options: Settings, batc
     except OSError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # exporters wrap what went wrong in advice
+            cause = cause.__cause__
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ExportError(f"{subject.name} cannot be exported: {reason}; nothing was written") from error
 
 

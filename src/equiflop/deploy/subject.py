@@ -76,8 +76,9 @@ class Subject:
     @classmethod
     def _with(cls, name: str, network: nn.Module, img_size: tuple[int, int] | None) -> Subject:
         noted = getattr(network, "pretrained_cfg", None) or {}
-        built_for = getattr(getattr(network, "patch_embed", None), "img_size", None) or noted.get("input_size")
-        size = tuple(built_for or own_input_size(network))[-2:]
+        parts: list[Any] = [getattr(network, name, None) for name in ("patch_embed", "stem")]
+        strict = next((part.img_size for part in parts if getattr(part, "strict_img_size", False)), None)
+        size = tuple(strict or noted.get("input_size") or own_input_size(network))[-2:]
         preprocessing = Preprocessing(
             (int(getattr(network, "in_chans", 3)), int(size[0]), int(size[1])),
             tuple(noted.get("mean", (0.0, 0.0, 0.0))),

@@ -175,10 +175,10 @@ class OpenVino(Target):
     def _compiled(self, path: Path, precision: str, threads: int | None) -> Any:
         import openvino
 
-        hint = {"bfloat16": "bf16", "float16": "f16"}.get(precision, "f32")
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         core = openvino.Core()
-        if hint != "f16":  # processors without such units take float32
+        hint = {"float32": "f32", "bfloat16": "bf16"}.get(precision)
+        if hint is not None:  # else what the processor does best, for int8 between the products
             settings["INFERENCE_PRECISION_HINT"] = hint
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads

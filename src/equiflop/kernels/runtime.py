@@ -79,6 +79,8 @@ def branches(x: Tensor, layout: Layout, parts: Sequence[branch.Parts]) -> Tensor
         out = joined(
             _mlp(rows, layout, body) if isinstance(body, branch.Mlp) else _attention(rows, layout, body), layout
         )
+        if isinstance(body, branch.Mlp) and body.bias2 is not None:
+            out = out + body.bias2
         if part.scale is not None:
             out = out * per_channel(part.scale, layout)
         x = x + out if part.residual else out
@@ -88,13 +90,10 @@ def branches(x: Tensor, layout: Layout, parts: Sequence[branch.Parts]) -> Tensor
 def _mlp(rows: Sequence[Tensor], layout: Layout, mlp: branch.Mlp) -> list[Tensor]:
     hidden = to_group(products(rows, layout, mlp.fc1), mlp.hidden)
     if mlp.bias1 is not None:
-        biases = mlp.bias1.unflatten(-1, (mlp.hidden.order, -1))
-        each = biases.unbind(-2) if mlp.hidden.order <= FEW else [biases]
+        few, copies = mlp.hidden.order <= FEW, mlp.hidden.copies or 1
+        each = mlp.bias1.split(copies, dim=-1) if few else [mlp.bias1.unflatten(-1, (mlp.hidden.order, copies))]
         hidden = [value + bias for value, bias in zip(hidden, each, strict=True)]
-    out = products(from_group([mlp.act(value) for value in hidden], mlp.hidden), mlp.hidden, mlp.fc2)
-    if mlp.bias2 is None:
-        return out
-    return [row + bias for row, bias in zip(out, rows_of(mlp.bias2, layout), strict=True)]
+    return products(from_group([mlp.act(value) for value in hidden], mlp.hidden), mlp.hidden, mlp.fc2)
 
 
 def to_group(rows: Sequence[Tensor], layout: Layout) -> list[Tensor]:

@@ -16,7 +16,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     replaced, or a parameter is no plain tensor (quantised weights).
     """
     return (
-        type(module) is kind
+        _is_of(module, kind)
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
@@ -28,6 +28,13 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not _modules._global_backward_hooks
         and not _modules._global_backward_pre_hooks
     )
+
+
+def _is_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the class is ``kind`` itself; an export may put a class of its own, of the same name, in front of it."""
+    found = type(module)
+    names = [(cls.__module__, cls.__qualname__) for cls in (found, kind)]
+    return found is kind or (_is_traced() and issubclass(found, kind) and names[0] == names[1])
 
 
 def _is_traced() -> bool:
