@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from equiflop.groups import Rep
+from equiflop.kernels import is_bare
 from equiflop.models.equivariant_convnext import EquivariantConvNeXtBlock
 from equiflop.models.equivariant_resmlp import ChannelMlp, EquivariantResBlock
-from equiflop.nn import Affine, Block, LayerNorm, LayerScale, Linear
+from equiflop.nn import Affine, AlgebraLinear, Block, LayerNorm, LayerScale, Linear
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
@@ -60,15 +61,21 @@ def fold_constants(module: nn.Module) -> None:
     elif isinstance(module, EquivariantResBlock):
         mlp: Any = module.mlp_channels
         scale = module.ls2
-        if isinstance(mlp, ChannelMlp) and isinstance(scale, LayerScale):
+        if isinstance(mlp, ChannelMlp) and isinstance(scale, LayerScale) and holds_its_weights(mlp.fc2):
             mlp.bias2.bias.mul_(scale.gamma)
         _fold_scale(module, "ls2", mlp.fc2)
         _fold_norm(module, "norm2", mlp.fc1)
 
 
+def holds_its_weights(linear: nn.Module) -> bool:
+    """Whether the map computes what its weights say: no adapter, wrapper, hook or quantised weight in between."""
+    kinds = (nn.Linear, AlgebraLinear)
+    return is_bare(linear, Linear) and all(any(is_bare(child, kind) for kind in kinds) for child in linear.children())
+
+
 def _fold_scale(block: nn.Module, name: str, linear: Linear) -> None:
     scale = getattr(block, name)
-    if not isinstance(scale, LayerScale):
+    if not isinstance(scale, LayerScale) or not holds_its_weights(linear):
         return
     gains = _by_irrep(scale.gamma, scale.rep)
     for irrep, weight in linear.weights():
@@ -80,7 +87,9 @@ def _fold_scale(block: nn.Module, name: str, linear: Linear) -> None:
 
 def _fold_norm(block: nn.Module, name: str, linear: Linear) -> None:
     norm = getattr(block, name)
-    if not isinstance(norm, (LayerNorm, Affine)) or (norm.bias is not None and linear.bias is None):
+    if not isinstance(norm, (LayerNorm, Affine)) or not holds_its_weights(linear):
+        return
+    if norm.bias is not None and linear.bias is None:
         return
     if norm.bias is not None and linear.bias is not None:
         linear.bias.add_(linear.weights()[0][1] @ norm.bias)

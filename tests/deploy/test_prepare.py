@@ -15,7 +15,7 @@ from equiflop.deploy import prepared
 from equiflop.deploy.prepare import FixedField, FoldedPatchEmbed
 from equiflop.models import PoseEstimator, Segmenter
 from equiflop.models.twin import twin
-from equiflop.nn import LayerNorm, Linear
+from equiflop.nn import LayerNorm, LayerScale, Linear
 from oracles import group, relative_error, scramble
 from small_models import ALL, KEYWORDS, small_model
 
@@ -159,6 +159,19 @@ def test_a_watched_module_is_called() -> None:
     with torch.no_grad(), kernels.for_runtimes():
         made(torch.randn(1, 3, 32, 32))
     assert seen == ["act"]
+
+
+def test_adapters_are_not_passed_by() -> None:
+    """What is not in the weights cannot be folded or centred by them."""
+    from peft import LoraConfig, get_peft_model
+
+    model = small_model(ALL[0], torch.float64)
+    targets = equiflop.linear_layers(model, ["proj", "fc1", "fc2"])
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    made: Any = same_function(
+        scramble(adapted.base_model.model.double().eval()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    )
+    assert not made.norm.centred and isinstance(made.blocks[0].ls1, LayerScale)
 
 
 def test_macs_do_not_grow_but_for_the_patch_embedding() -> None:

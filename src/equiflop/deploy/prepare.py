@@ -21,7 +21,7 @@ from timm.layers import Format
 from torch import Tensor, nn
 
 from equiflop.groups import Rep
-from equiflop.inference import fold_constants
+from equiflop.inference import fold_constants, holds_its_weights
 from equiflop.kernels import join, layout_of, split
 from equiflop.kernels.layout import per_channel
 from equiflop.kernels.norm import entry_weights
@@ -29,7 +29,7 @@ from equiflop.models.dense import DenseModel
 from equiflop.models.equivariant_resmlp import EquivariantResBlock, MatchedBias
 from equiflop.models.equivariant_transformer import TOKENS, EquivariantTransformer
 from equiflop.models.tied import become
-from equiflop.nn import Block, LayerNorm, LayerScale, Linear, PatchEmbed, PositionEmbedding, TokenMixing
+from equiflop.nn import Block, LayerNorm, LayerScale, PatchEmbed, PositionEmbedding, TokenMixing
 from equiflop.nn.checks import check_images
 
 
@@ -93,13 +93,16 @@ class MixedTokens(nn.Module):
         mixing, norm, scale = block.linear_tokens, block.norm1, block.ls1
         tokens, rep = mixing.transform.rep.dim, mixing.rep
         like = mixing.bias
-        nothing = torch.zeros(tokens, tokens, rep.dim, dtype=like.dtype, device=like.device)
-        impulses = nothing.clone()
-        impulses.diagonal(dim1=0, dim2=1).fill_(1.0)  # image i has its token i, in all channels
-        at_rest = mixing(nothing[:1])[0]
+        nothing = torch.zeros(1, tokens, rep.dim, dtype=like.dtype, device=like.device)
+        at_rest = mixing(nothing)[0]
+        columns = []
+        for token in range(tokens):  # one after the other: together they take as many images as there are tokens
+            nothing[:, token] = 1.0
+            columns.append(mixing(nothing)[0, :, 0] - at_rest[:, 0])
+            nothing[:, token] = 0.0
         gamma = per_channel(scale.gamma, layout_of(rep))
         shift = norm(torch.zeros_like(at_rest))
-        self.register_buffer("matrix", (mixing(impulses)[..., 0] - at_rest[:, 0]).T.contiguous())
+        self.register_buffer("matrix", torch.stack(columns, dim=1))
         self.register_buffer("factor", gamma * (norm(torch.ones_like(gamma)) - norm(torch.zeros_like(gamma))))
         self.register_buffer("table", gamma * (self.matrix @ shift + at_rest))
 
@@ -153,7 +156,7 @@ def _readers(model: Any) -> list[LayerNorm]:
     network = _transformer(model)
     if network is None or network.design != "equivariant" or any(m == 1 for m in network.rep.multiplicities):
         return []
-    writers_are_known = (
+    writers_are_known = type(network.embedding) is PatchEmbed and all(
         part is None or isinstance(part, nn.Identity)
         for part in (network.embedding.norm, getattr(network, "norm_pre", None))
     )
@@ -161,14 +164,14 @@ def _readers(model: Any) -> list[LayerNorm]:
     if isinstance(last, nn.Identity) and getattr(network, "attn_pool", None) is None:
         last = network.fc_norm
     norms = [last, *(norm for block in network.blocks for norm in _norms(block))]
-    if not all(writers_are_known) or not all(type(norm) is LayerNorm for norm in norms):
+    if not writers_are_known or not all(type(norm) is LayerNorm for norm in norms):
         return []
     return norms if len({norm.weighting for norm in norms}) == 1 else []
 
 
 def _norms(block: Any) -> list[Any]:
     """The norms of a standard block; for any other None, which is no norm."""
-    if type(block) is not Block or not all(type(part) is Linear for part in (block.attn.proj, block.mlp.fc2)):
+    if type(block) is not Block or not all(holds_its_weights(part) for part in (block.attn.proj, block.mlp.fc2)):
         return [None]
     if not all(isinstance(scale, LayerScale | nn.Identity) for scale in (block.ls1, block.ls2)):
         return [None]

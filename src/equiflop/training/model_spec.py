@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from equiflop.data import Preprocessing
-from equiflop.models import twin
+from equiflop.models.twin import twin
 from equiflop.models.entry_points import TWIN
 
 
