@@ -83,6 +83,29 @@ def hidden(path: Path, state: str = "new") -> Path:
     return path.with_name(f".{path.name.lstrip('.')}.{state}.{os.getpid()}")
 
 
+@contextlib.contextmanager
+def workshop(path: Path) -> Iterator[Path]:
+    """A hidden folder beside a file, in which it and what belongs to it are made; gone at the end.
+
+    What killed processes left of their own for the same file goes as well.
+
+    Raises:
+        OSError: if there can be none; it names the file meant.
+    """
+    with failures_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in path.parent.glob(f"{hidden(path).stem}.*"):
+            process = folder.suffix[1:]
+            if process.isdecimal() and not _alive(int(process)):
+                _delete(folder)
+        folder = hidden(path)
+        try:
+            folder.mkdir(exist_ok=True)
+            yield folder
+        finally:
+            _delete(folder)
+
+
 def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)

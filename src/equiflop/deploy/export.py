@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from equiflop.deploy import proof as proofs
 from equiflop.deploy.prepare import prepared
 from equiflop.deploy.proof import Proof
 from equiflop.deploy.subject import Subject
-from equiflop.deploy.targets import Settings, Target, target_of
-from equiflop.files import failures_named
+from equiflop.deploy.targets import Settings, Target, quiet, target_of
+from equiflop.files import workshop
 from equiflop.models.entry_points import plain_twin
 
 #: Images by which the ranges of int8 are found; fewer draw a warning by the command.
@@ -104,25 +103,21 @@ def export(
     calibration = proofs.sample_images(subject, data, CALIBRATION_IMAGES)[0] if precision == "int8" else None
     fixed = None if dynamic_batch else batch
     options = Settings(precision, dynamic_batch, dynamic_size, calibration, subject.metadata(precision))
-    with failures_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            _write(subject, target, made, options, batch)
-            found = proofs.prove(subject, target, made, precision, fixed, some, source)
-            if found.faults:
-                raise ExportError(
-                    f"{subject.name} for {to} in {precision}: {'; '.join(found.faults)}; nothing was written"
-                )
-            if plain is not None:
-                beside = Path(folder) / f"plain{target.suffix}"
-                _write(plain, target, beside, dataclasses.replace(options, metadata=plain.metadata(precision)), batch)
-                runners = (target.load(made, precision), target.load(beside, precision))
-                own, theirs, ratios = proofs.beside_plain(*runners, some, fixed)
-                found = dataclasses.replace(found, speed=own, plain=theirs, speedup=ratios)
-                del runners
-            for file in sorted(Path(folder).glob(f"{path.stem}.*"), key=lambda file: file == made):
-                os.replace(file, path.with_name(file.name))  # what lies beside it first
+    with workshop(path) as folder:
+        made = folder / path.name
+        _write(subject, target, made, options, batch)
+        found = proofs.prove(subject, target, made, precision, fixed, some, source)
+        if found.faults:
+            raise ExportError(f"{subject.name} for {to} in {precision}: {'; '.join(found.faults)}; nothing was written")
+        if plain is not None:
+            beside = folder / f"plain{target.suffix}"
+            _write(plain, target, beside, dataclasses.replace(options, metadata=plain.metadata(precision)), batch)
+            runners = (target.load(made, precision), target.load(beside, precision))
+            own, theirs, ratios = proofs.beside_plain(*runners, some, fixed)
+            found = dataclasses.replace(found, speed=own, plain=theirs, speedup=ratios)
+            del runners
+        for file in sorted(folder.glob(f"{path.stem}.*"), key=lambda file: file == made):
+            os.replace(file, path.with_name(file.name))  # what lies beside it first
     return Exported(path, subject.name, to, precision, fixed, options.metadata, found)
 
 
@@ -130,7 +125,8 @@ def _write(subject: Subject, target: Target, path: Path, options: Settings, batc
     example = subject.example(2 if options.dynamic_batch else batch)
     network = prepared(subject.model, options.dynamic_size)
     try:
-        target.write(network, example, path, options)
+        with quiet():
+            target.write(network, example, path, options)
     except OSError:
         raise
     except Exception as error:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
+import logging
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,6 +230,19 @@ TARGETS: dict[str, Target] = {
     "torch-export": TorchExport(),
     "aoti": Aoti(),
 }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters talk of their steps: nothing of it on standard output, and no warnings, which are about themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def target_of(name: str, precision: str) -> Target:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from equiflop.data import Preprocessing
-from equiflop.models.twin import twin
 from equiflop.models.entry_points import TWIN
+from equiflop.models.twin import twin
 
 
 def check_model_name(name: str) -> None:
