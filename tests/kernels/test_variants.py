@@ -347,12 +347,29 @@ def test_norm_of_half_precision_is_computed_in_float32(name: str, dtype: torch.d
         assert relative_error(found, expected) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_form_made_for_runtimes(name: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = block_of(name, 16, heads=heads)
+    x = torch.randn(2, 5, block.rep.dim, dtype=torch.float64)
+    with kernels.reference():
+        expected = outputs_and_gradients(block, block, x)
+    with counted(monkeypatch) as taken, kernels.for_runtimes():
+        found = outputs_and_gradients(block, block, x)
+        linear = block.attn.qkv(x)
+    assert taken.count("branches/runtime") == 2 and taken.count("linear/runtime") == 1
+    assert_same(found, expected, 1e-11)
+    with kernels.reference():
+        assert relative_error(linear, block.attn.qkv(x)) < 1e-11
+
+
 def test_the_table_is_complete() -> None:
     """What this file compares is all there is."""
     names = {f"{operation}/{variant.name}" for operation, variants in TABLE.items() for variant in variants}
     assert names == {
         *("branches/parts", "branches/lanes", "branches/eager", "layer_norm/torch", "layer_norm/lanes"),
         *("attention/written out", "activation/rational"),
+        *("branches/runtime", "layer_norm/runtime", "linear/runtime"),
     }
     assert all(variant.when for variants in TABLE.values() for variant in variants)
     assert choose._forced is False

@@ -282,4 +282,4 @@ def test_subclasses_that_override_forward_are_called(taken: list[str]) -> None:
 def test_operations_of_the_table_are_chosen_by_name() -> None:
     with pytest.raises(KeyError):
         choose.choose("nothing")
-    assert set(TABLE) == {"branches", "attention", "activation", "layer_norm"}
+    assert set(TABLE) == {"branches", "attention", "activation", "layer_norm", "linear"}

@@ -156,3 +156,20 @@ def test_importing_makes_no_models_and_touches_no_defaults() -> None:
     assert run.returncode == 0, run.stderr
     before, after, cuda = json.loads(run.stdout)
     assert before == after and cuda is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eva02_small_patch14_224",
+        "vit_small_patch16_dinov3",
+        "beit_base_patch16_224",
+        "vit_base_patch16_siglip_224",
+        "samvit_base_patch16_224",
+        "naflexvit_base_patch16_gap",
+    ],
+)
+def test_twins_at_full_size_in_float32(name: str) -> None:
+    report = equiflop.check(equiflop.twin(name))
+    assert report.passed and report.max_error < 1e-5

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("-o", "--output", type=click.Path(), required=True, help="The file, ending in .onnx, .xml or .pt2.")
 @click.option("--img-size", type=ImageSize(), help="Image size, such as 224 or 256x192. Default: the model's own.")
-@click.option("--data", help="Data set whose images are compared and, for int8, give the ranges.")
+@click.option("--data", help="Data set: its test images are compared, training images give int8 its ranges.")
 @click.option("--dynamic-batch", is_flag=True, help="Take batches of any size.")
 @click.option("--dynamic-size", is_flag=True, help="Take images of any size, where the model does.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Without --dynamic-batch.")

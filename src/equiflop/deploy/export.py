@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from equiflop.deploy.subject import Subject
 from equiflop.deploy.targets import Settings, Target, quiet, target_of
 from equiflop.files import workshop
 from equiflop.models.entry_points import plain_twin
+from equiflop.warnings import EquiflopWarning
 
-#: Images by which the ranges of int8 are found; fewer draw a warning by the command.
+#: Images by which the ranges of int8 are found; fewer draw a warning.
 CALIBRATION_IMAGES = 300
 
 
@@ -77,13 +79,16 @@ def export(
         precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``, as far as the target knows it.
         settings: for a name, keywords of the model.
         img_size: height and width of the images, in place of the model's own.
-        data: a data set whose images are compared, and for int8 used to find ranges; see
+        data: a data set whose test images are compared, and whose training images give int8 its ranges; see
             :func:`equiflop.data.open_data`.
         dynamic_batch: whether the file takes batches of any size.
         dynamic_size: whether it takes images of any size; for networks that do.
         batch: without ``dynamic_batch``, the size of its batches.
         images: how many images are compared.
         compare: whether the plain twin is exported the same way and timed beside it.
+
+    Warns:
+        EquiflopWarning: if int8 has fewer than 300 images to find its ranges from.
 
     Raises:
         ExportError: if the network cannot be exported or the file fails its proof; the message says why.
@@ -100,7 +105,12 @@ def export(
         raise ValueError("precision='int8' finds its ranges from images; give data, such as the training set")
     plain = _plain_of(subject, settings) if compare else None
     some, source = proofs.sample_images(subject, data, images)
-    calibration = proofs.sample_images(subject, data, CALIBRATION_IMAGES)[0] if precision == "int8" else None
+    calibration = None
+    if precision == "int8":
+        calibration, _ = proofs.sample_images(subject, data, CALIBRATION_IMAGES, training=True)
+        if len(calibration) < CALIBRATION_IMAGES:
+            text = f"int8 finds its ranges from {len(calibration)} images of {data}; {CALIBRATION_IMAGES} are better"
+            warnings.warn(text, EquiflopWarning, stacklevel=2)
     fixed = None if dynamic_batch else batch
     options = Settings(precision, dynamic_batch, dynamic_size, calibration, subject.metadata(precision))
     with workshop(path) as folder:

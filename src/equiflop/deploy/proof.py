@@ -126,17 +126,24 @@ def run(runner: Runner, images: np.ndarray, batch: int | None) -> np.ndarray:
     return np.concatenate(outputs)
 
 
-def sample_images(subject: Subject, data: str | None, count: int) -> tuple[np.ndarray, str]:
-    """Images to compare on: test images of a data set, or smooth random ones.
+def sample_images(subject: Subject, data: str | None, count: int, training: bool = False) -> tuple[np.ndarray, str]:
+    """Images of a data set, from all over it, or smooth random ones.
+
+    Args:
+        subject: what is exported.
+        data: the data set, or None.
+        count: how many; fewer where there are no more.
+        training: its training images in place of its test images.
 
     Returns:
         the images, ``(count, C, H, W)``, and where they come from.
     """
     if data is not None:
         found = open_data(data, preprocessing=subject.preprocessing)
-        places = torch.linspace(0, len(found.test) - 1, min(count, len(found.test))).long()
-        batches = [batch.images for batch in found.test.batches(places, 64)]
-        return torch.cat(batches).numpy(), f"test images of {found.name}"
+        split = found.train if training else found.test
+        places = torch.linspace(0, len(split) - 1, min(count, len(split))).long()
+        batches = [batch.images for batch in split.batches(places, 64)]
+        return torch.cat(batches).numpy(), f"{'training' if training else 'test'} images of {found.name}"
     generator = torch.Generator().manual_seed(1)
     channels, height, width = subject.input_size
     coarse = torch.randn(count, channels, 8, 8, generator=generator)
