@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -252,7 +253,8 @@ def expected_macs(plain: Any, group: str) -> int:
         if ".rel_pos." in path or "shared_rel_pos." in path:
             total -= cost * (1 - Fraction(1, order)) if path.endswith("fc2") else 0
         elif ".attn." in path and getattr(plain.blocks[int(path.split(".")[1])], "window_size", 0):
-            tokens, padded = 3 * 3, 4 * 4
+            grid, window = plain.patch_embed.grid_size, plain.blocks[int(path.split(".")[1])].window_size
+            tokens, padded = (math.prod(n) for n in (grid, (-(-side // window) * window for side in grid)))
             total -= cost * (1 - share * Fraction(tokens + path.endswith("qkv"), padded))
         elif path != "neck.2":
             total -= cost * (1 - (Fraction(1, order) if path.startswith("head") else share))

@@ -136,7 +136,7 @@ def prepared(model: nn.Module, dynamic_size: bool = False) -> nn.Module:
             module.linear_tokens = MixedTokens(module)  # type: ignore[assignment]
             module.norm1 = module.ls1 = nn.Identity()  # type: ignore[assignment]
         if isinstance(module, MatchedBias):
-            module.whole = module.table()
+            module.fix_table()
         for name, child in list(module.named_children()):
             if isinstance(child, PositionEmbedding) and not dynamic_size:
                 setattr(module, name, FixedField(child))

@@ -34,15 +34,15 @@ WRITTEN_OUT_TOKENS = 256
 class Mlp(NamedTuple):
     """Linear map into the group's basis, pointwise function, linear map back.
 
-    ``bias1`` and ``bias2`` are biases that depend on the token, ``(N, dim)``: what is added behind ``fc1``, in the
-    group's basis, and behind ``fc2``.
+    ``bias1`` and ``bias2`` are biases that depend on the token: what is added behind ``fc1``, in the group's basis, by
+    lanes ``(N, copies)``, and behind ``fc2``, ``(N, dim)``.
     """
 
     fc1: schur.Maps
     act: nn.Module
     fc2: schur.Maps
     hidden: Layout
-    bias1: Tensor | None = None
+    bias1: Sequence[Tensor] | None = None
     bias2: Tensor | None = None
 
 
@@ -172,7 +172,7 @@ def _mlp(lanes: Sequence[Tensor], layout: Layout, mlp: Mlp, overwrite: bool) -> 
     assert plan is not None and copies is not None and layout.copies is not None
     rows = schur.cut_all(schur.on_lanes(lanes, layout, mlp.fc1), copies)
     values = plan.synthesise_(rows) if overwrite else plan.synthesise(rows)
-    values = _plus(values, mlp.bias1, mlp.hidden, overwrite)
+    values = _plus(values, mlp.bias1, overwrite)
     if overwrite:
         for i, value in enumerate(values):
             values[i] = activate_(mlp.act, value)
@@ -180,14 +180,14 @@ def _mlp(lanes: Sequence[Tensor], layout: Layout, mlp: Mlp, overwrite: bool) -> 
     else:
         hidden = plan.analyse([activate(mlp.act, value) for value in values])
     out = schur.cut_all(schur.on_lanes(hidden, mlp.hidden, mlp.fc2), layout.copies)
-    return _plus(out, mlp.bias2, layout, overwrite)
+    return _plus(out, None if mlp.bias2 is None else to_lanes(mlp.bias2, layout), overwrite)
 
 
-def _plus(lanes: list[Tensor], bias: Tensor | None, layout: Layout, overwrite: bool) -> list[Tensor]:
-    if bias is None:
+def _plus(lanes: list[Tensor], biases: Sequence[Tensor] | None, overwrite: bool) -> list[Tensor]:
+    if biases is None:
         return lanes
-    biases = to_lanes(bias.to(lanes[0].dtype), layout)
-    return [lane.add_(b) if overwrite else lane + b for lane, b in zip(lanes, biases, strict=True)]
+    narrow = [bias.to(lanes[0].dtype) for bias in biases]
+    return [lane.add_(b) if overwrite else lane + b for lane, b in zip(lanes, narrow, strict=True)]
 
 
 def _attention(lanes: Sequence[Tensor], layout: Layout, attention: Attention) -> list[Tensor]:

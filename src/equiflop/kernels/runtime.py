@@ -90,9 +90,8 @@ def branches(x: Tensor, layout: Layout, parts: Sequence[branch.Parts]) -> Tensor
 def _mlp(rows: Sequence[Tensor], layout: Layout, mlp: branch.Mlp) -> list[Tensor]:
     hidden = to_group(products(rows, layout, mlp.fc1), mlp.hidden)
     if mlp.bias1 is not None:
-        few, copies = mlp.hidden.order <= FEW, mlp.hidden.copies or 1
-        each = mlp.bias1.split(copies, dim=-1) if few else [mlp.bias1.unflatten(-1, (mlp.hidden.order, copies))]
-        hidden = [value + bias for value, bias in zip(hidden, each, strict=True)]
+        biases = mlp.bias1 if mlp.hidden.order <= FEW else [torch.stack(list(mlp.bias1), dim=-2)]
+        hidden = [value + bias for value, bias in zip(hidden, biases, strict=True)]
     return products(from_group([mlp.act(value) for value in hidden], mlp.hidden), mlp.hidden, mlp.fc2)
 
 

@@ -14,6 +14,7 @@ from equiflop.grids import ImageGroup, as_image_group, grid_decomposition
 from equiflop.groups import Rep
 from equiflop.kernels import Order, is_bare, layout_of
 from equiflop.kernels.branch import Mlp as MlpParts
+from equiflop.kernels.layout import to_lanes
 from equiflop.kernels.orders import write
 from equiflop.models.classifier import replace_classifier
 from equiflop.models.image_size import check_image_size
@@ -76,9 +77,7 @@ class MatchedBias(FixedTensors):
         ]
         self.fix("fields", np.stack(fields, axis=1), device, dtype)
         self.bias = nn.Parameter(torch.zeros(rep.dim, device=device, dtype=dtype))
-        #: The whole table, where the bias does not change any more.
-        self.whole: Tensor | None
-        self.register_buffer("whole", None, persistent=False)
+        self._fixed = 0
 
     def reset_parameters(self) -> None:
         """Zero."""
@@ -86,12 +85,26 @@ class MatchedBias(FixedTensors):
 
     def table(self) -> Tensor:
         """What is added to every token, ``(rows * columns, rep.dim)``."""
-        if self.whole is not None:
-            return self.whole
+        if self._fixed:
+            lanes = self.lanes()
+            return lanes[0] if len(lanes) == 1 else torch.cat(lanes, dim=-1)
         fields = self.fields.to(self.bias.dtype)
         spans = self._layout.spans  # of one-dimensional irreps
         blocks = [fields[:, i, None, None] * self.bias[span.start : span.stop] for i, span in enumerate(spans)]
         return write(blocks, self._layout, self.order, None)
+
+    def lanes(self) -> list[Tensor]:
+        """The table in the group's basis by lanes, each ``(rows * columns, copies)``."""
+        if self._fixed:
+            return [getattr(self, f"lane_{i}") for i in range(self._fixed)]
+        return to_lanes(self.table(), self._layout)
+
+    def fix_table(self) -> None:
+        """Keep the table, in the group's basis its lanes, as constants: the bias does not change any more."""
+        lanes = self.lanes() if self.order.kind == "group" else [self.table()]
+        for i, lane in enumerate(lanes):
+            self.register_buffer(f"lane_{i}", lane.contiguous(), persistent=False)
+        self._fixed = len(lanes)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.table().to(x.dtype)
@@ -133,7 +146,7 @@ class ChannelMlp(Mlp):
         parts = self._parts_of(ChannelMlp)
         if parts is None or not (is_bare(self.bias1, MatchedBias) and is_bare(self.bias2, MatchedBias)):
             return None
-        return parts._replace(bias1=self.bias1.table(), bias2=self.bias2.table())
+        return parts._replace(bias1=self.bias1.lanes(), bias2=self.bias2.table())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop1(self.act(self.bias1(self.fc1(x))))
