@@ -307,11 +307,16 @@ def _onnx_program(network: nn.Module, example: torch.Tensor, settings: Settings,
     return program
 
 
+def _batches(images: np.ndarray, size: int) -> list[np.ndarray]:
+    """Whole batches of a size."""
+    return [images[i : i + size] for i in range(0, len(images) - size + 1, size)]
+
+
 class _Calibration:
     """Images one by one, as ONNX Runtime's quantiser asks for them."""
 
     def __init__(self, name: str, images: np.ndarray, batch: int) -> None:
-        self.batches = iter([{name: images[i : i + batch]} for i in range(0, len(images) - batch + 1, batch)])
+        self.batches = iter([{name: part} for part in _batches(images, batch)])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.batches, None)
@@ -349,8 +354,7 @@ def _quantised_by_nncf(model: Any, settings: Settings) -> Any:
     assert settings.calibration is not None
     batch = model.inputs[0].partial_shape[0]
     step = batch.get_length() if batch.is_static else 1
-    images = settings.calibration
-    batches = [images[i : i + step] for i in range(0, len(images) - step + 1, step)]
+    batches = _batches(settings.calibration, step)
     return nncf.quantize(
         model,
         nncf.Dataset(batches),

@@ -22,7 +22,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__
-        and (_is_traced() or all(p is None or type(p) in _PLAIN_TENSORS for p in module._parameters.values()))
+        and (all(p is None or type(p) in _PLAIN_TENSORS for p in module._parameters.values()) or _is_traced())
         and not _modules._global_forward_hooks
         and not _modules._global_forward_pre_hooks
         and not _modules._global_backward_hooks
@@ -33,8 +33,11 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
 def _is_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the class is ``kind`` itself; an export may put a class of its own, of the same name, in front of it."""
     found = type(module)
-    names = [(cls.__module__, cls.__qualname__) for cls in (found, kind)]
-    return found is kind or (_is_traced() and issubclass(found, kind) and names[0] == names[1])
+    return found is kind or (_is_traced() and issubclass(found, kind) and _name(found) == _name(kind))
+
+
+def _name(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def _is_traced() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from equiflop.groups import Irrep, Rep, fourier_matrix
 from equiflop.kernels import layout_of
-from equiflop.kernels.choose import choose
+from equiflop.kernels.choose import choose, is_made_for_runtimes
 from equiflop.kernels.orders import Order, read, write
 from equiflop.kernels.schur import Maps, algebra_product
 from equiflop.kernels.watched import is_bare
@@ -232,10 +232,11 @@ class Linear(FixedTensors):
 
     def forward(self, x: Tensor) -> Tensor:
         check_axis(x, self.in_rep.dim, self._in_layout.text)
-        sides = (self._in_layout, self._out_layout, self.in_order, self.out_order)
-        kernel = choose("linear", x, self.maps(), *sides)
-        if kernel is not None:
-            return kernel(x, self.maps(), *sides)
+        if is_made_for_runtimes():  # asked first: looking after the children takes time in every step
+            parts = (x, self.maps(), self._in_layout, self._out_layout, self.in_order, self.out_order)
+            kernel = choose("linear", *parts)
+            if kernel is not None:
+                return kernel(*parts)
         fourier = self.fourier if self.by_product else None
         blocks = read(x, self._in_layout, self.in_order, fourier)
         outputs = [
