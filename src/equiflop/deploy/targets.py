@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from equiflop.extras import check_installed
 from equiflop.kernels import for_runtimes
 
 #: A file that is ready to run: images ``(B, C, H, W)`` to the output, both float32.
@@ -259,8 +259,7 @@ def target_of(name: str, precision: str) -> Target:
         raise ValueError(f"precision={precision!r} is not one of {name}'s; choose from {', '.join(target.precisions)}")
     needed = (*target.packages, *(("nncf",) if (name, precision) == ("openvino", "int8") else ()))
     for package in needed:
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"to={name!r} needs {package}; install it with: pip install 'equiflop[{target.extra}]'")
+        check_installed(package, target.extra, f"to={name!r}")
     return target
 
 
