@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from equiflop.extras import check_installed
-from equiflop.kernels import for_runtimes
+from equiflop.kernels import Form, for_runtimes
 
 #: A file that is ready to run: images ``(B, C, H, W)`` to the output, both float32.
 Runner = Callable[[np.ndarray], np.ndarray]
@@ -147,7 +147,7 @@ class OpenVino(Target):
 
         with tempfile.TemporaryDirectory() as folder:
             onnx_file = Path(folder) / "network.onnx"
-            _onnx_program(network, example, settings).save(str(onnx_file))
+            _onnx_program(network, example, settings, form="stacked").save(str(onnx_file))
             model = openvino.convert_model(str(onnx_file))
             if settings.precision == "int8":
                 model = _quantised_by_nncf(model, settings)
@@ -290,8 +290,10 @@ def _program(network: nn.Module, example: torch.Tensor, settings: Settings) -> A
         return torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes(settings))
 
 
-def _onnx_program(network: nn.Module, example: torch.Tensor, settings: Settings, opset: int = OPSET) -> Any:
-    with torch.no_grad(), for_runtimes():
+def _onnx_program(
+    network: nn.Module, example: torch.Tensor, settings: Settings, opset: int = OPSET, form: Form = "joined"
+) -> Any:
+    with torch.no_grad(), for_runtimes(form):
         program = torch.onnx.export(
             network,
             (example,),
