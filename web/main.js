@@ -24,13 +24,13 @@ async function start() {
     }
   }
   view.sizeViews(about);
-  element("classes").textContent = about.labels.join(", ");
+  element("classes").textContent = about.labels.join(", ").replaceAll("-", "‑"); // hyphens that do not break
   state.files.forEach(({ name }) => view.addCard(name, about.labels));
   view.showSummary(await json("models/about.json"), state.files);
   view.showMapNote("", null);
   await openNetworks("wasm");
-  await addSamples();
   connect();
+  await addSamples();
   await offerWebgpu();
 }
 
@@ -70,7 +70,7 @@ async function addSamples() {
     element("samples").append(button);
     return { button, picture };
   });
-  await Promise.all(made.map(({ picture }) => picture.decode()));
+  await Promise.allSettled(made.map(({ picture }) => picture.decode()));
   made[index.first ?? 0]?.button.click();
 }
 
@@ -144,7 +144,7 @@ async function look(picture, isCurrent) {
   if (!isCurrent()) return;
   networks.forEach((network, i) => view.showCost(network, milliseconds[i]));
   state.shown.milliseconds = Object.fromEntries(networks.map(({ name }, i) => [name, milliseconds[i]]));
-  view.say(`Showing ${picture.title}. ${where()}`);
+  view.say(`Showing ${picture.title}. ${where()}`, view.inWords(results, about.labels));
 }
 
 function where() {

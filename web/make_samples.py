@@ -20,7 +20,7 @@ from equiflop.data import ImageData, open_data
 from equiflop.files import write_atomically, write_text
 
 #: Further images, on which plain's answer changes.
-CHANGED = 4
+CHANGED = 5
 
 
 def chosen(data: ImageData, plain: Any) -> list[int]:

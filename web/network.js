@@ -78,10 +78,16 @@ export class Network {
   static async open(file, { ort, backend }) {
     const options = { executionProviders: [backend], graphOptimizationLevel: "all", logSeverityLevel: 4 };
     try {
-      return new Network(file, ort, await inTurn(() => ort.InferenceSession.create(file.bytes, options)));
+      const network = new Network(file, ort, await inTurn(() => ort.InferenceSession.create(file.bytes, options)));
+      const { channels, height, width } = file.about;
+      await network.run(new Float32Array(channels * height * width)); // what cannot run is to fail here
+      return network;
     } catch (error) {
       const reason = String(error.message ?? error).split("\n")[0];
       if (backend !== "wasm") throw new Error(reason);
+      if (reason.includes("no available backend")) {
+        throw new ModelError(`ONNX Runtime could not start WebAssembly here (${reason}). Try a newer browser, or "npm ci" in web/.`);
+      }
       throw new ModelError(`${file.path} is damaged: ONNX Runtime cannot open it (${reason}). ${file.remedy}`);
     }
   }

@@ -5,7 +5,7 @@ import { mirrored } from "./picture.js";
 const SHOWN = 5;
 const ENLARGED = 10; // pixels of the canvas for one of the network
 const NAMES = { equivariant: "E(ViT)", plain: "Plain ViT" };
-const STRONGEST = 0.8;
+const STRONGEST = 0.7;
 
 export const element = (id) => document.getElementById(id);
 
@@ -99,9 +99,9 @@ export function showViews(views, { channels, height, width }, maps) {
     map.values.forEach((value, i) => {
       const strength = STRONGEST * ((value - least) / (most - least || 1));
       const [x, y] = [(i % columns) * cellWidth, Math.floor(i / columns) * cellHeight];
-      context.fillStyle = `rgb(255 176 32 / ${strength})`;
+      context.fillStyle = `rgb(66 214 160 / ${strength})`;
       context.fillRect(x, y, cellWidth, cellHeight);
-      context.strokeStyle = "rgb(255 176 32 / 0.45)";
+      context.strokeStyle = "rgb(66 214 160 / 0.4)";
       context.strokeRect(x + 0.5, y + 0.5, cellWidth - 1, cellHeight - 1);
     });
   });
@@ -167,10 +167,21 @@ export function showSummary(figures, files) {
   element("summary").innerHTML = `<thead>${head}</thead><tbody>${body.join("")}</tbody>`;
 }
 
-/** Say how things stand; what was wrong before is forgotten. */
-export function say(text) {
+/** What the networks say, in a sentence for those who do not see the bars. */
+export function inWords(results, classes) {
+  const said = Object.entries(results).map(([name, { answers }]) => {
+    const [here, there] = answers.map((probabilities) => classes[best(probabilities)]);
+    return `${NAMES[name]} says ${here}${here === there ? " both ways" : `, mirrored ${there}`}`;
+  });
+  return ` ${said.join("; ")}.`;
+}
+
+/** Say how things stand, and more to those who hear the page; what was wrong before is forgotten. */
+export function say(text, spoken = "") {
   element("error").textContent = "";
-  element("status").textContent = text;
+  const unseen = document.createElement("span");
+  Object.assign(unseen, { className: "unseen", textContent: spoken });
+  element("status").replaceChildren(text, unseen);
 }
 
 /** Say what went wrong. */
