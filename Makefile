@@ -25,7 +25,7 @@ types: $(STAMP)
 
 # The page for browsers, on localhost: make web PORT=8081 takes another port than 8080.
 web: node web/node_modules/.package-lock.json
-	@PORT="$(PORT)" node web/serve.mjs
+	@PORT="$(PORT)" exec node web/serve.mjs
 
 web/node_modules/.package-lock.json: web/package-lock.json | node
 	npm ci --prefix web --ignore-scripts --no-audit --no-fund

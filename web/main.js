@@ -65,7 +65,8 @@ async function addSamples() {
     button.setAttribute("aria-pressed", "false");
     button.append(picture);
     button.addEventListener("click", () => {
-      choose({ source: picture, title: `test image ${sample.test_image}: ${sample.class}`, isSample: true }, button);
+      const title = `test image ${sample.test_image}`;
+      choose({ source: picture, title, label: sample.class, isSample: true }, button);
     });
     element("samples").append(button);
     return { button, picture };
@@ -138,6 +139,7 @@ async function look(picture, isCurrent) {
   if (!isCurrent()) return;
   state.shown = { title: picture.title, views: [pixels, mirrored(pixels, about.width)], results, milliseconds: null };
   for (const network of state.networks) view.showAnswers(network.name, results[network.name], about.labels);
+  view.showLabel(picture.label);
   showMaps();
   const { networks } = state;
   const milliseconds = await time(networks, tensorOf(pixels, about));

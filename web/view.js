@@ -21,7 +21,7 @@ function amount(value) {
   if (value >= 0.001) return value.toFixed(3);
   const power = Math.floor(Math.log10(value));
   const digits = String(Math.abs(power)).replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]);
-  return `${(value / 10 ** power).toFixed(1)} × 10⁻${digits}`;
+  return `${(value / 10 ** power).toFixed(1)}\u00a0×\u00a010⁻${digits}`;
 }
 
 /** Make the card of a network; its bars are there from the start, so that nothing jumps. */
@@ -59,7 +59,8 @@ export function showAnswers(name, { answers }, classes) {
   const strong = document.createElement("strong");
   strong.textContent = here === there ? "= The same both ways" : "≠ Changes its mind";
   const what = here === there ? classes[here] : `${classes[here]}, mirrored ${classes[there]}`;
-  verdict.replaceChildren(strong, `: ${what}. Probabilities change by at most ${amount(change)}.`);
+  verdict.replaceChildren(strong, `: ${what}`);
+  card.querySelector(".change").textContent = `Largest change of probability: ${amount(change)}`;
 }
 
 /** Show what a network costs; the milliseconds are null until they are measured. */
@@ -79,6 +80,11 @@ export function sizeViews({ height, width }) {
     [canvas.width, canvas.height] = [ENLARGED * width, ENLARGED * height];
     canvas.style.aspectRatio = `${width} / ${height}`;
   }
+}
+
+/** Say what the picture is, where that is known. */
+export function showLabel(label) {
+  element("label").textContent = label ? ` labelled “${label}”` : "";
 }
 
 /** Draw both views, and over them two maps, if they are given. */
@@ -132,9 +138,9 @@ export function showMapNote(name, maps) {
     return;
   }
   const difference = mapDifference(maps);
-  const exact = difference < 1e-4 ? "Mirrors along with the picture" : "Does not mirror along with the picture";
+  const exact = difference < 1e-4 ? "mirrors along with the picture" : "does not mirror along with the picture";
   element("map-note").textContent =
-    `${NAMES[name]}: ${exact.toLowerCase()}; the mirror image’s map differs from the mirrored map by at most ` +
+    `Greener where the features of a token are larger. ${NAMES[name]}: ${exact}; the mirror image’s map differs from the mirrored map by at most ` +
     `${amount(difference)} of the largest value.`;
 }
 
@@ -144,27 +150,36 @@ export function showSummary(figures, files) {
   const fits = figures && files.every((file) => !file.sha256 || figures.networks[file.name]?.sha256 === file.sha256);
   if (!fits) {
     note.textContent = "models/about.json does not describe these two files, so there are no figures to show.";
-    element("summary").parentElement.hidden = true;
+    element("summary").hidden = true;
     return;
   }
   note.textContent =
     `Measured with these two files on the ${figures.test_images.toLocaleString("en")} test images of ` +
     `${figures.data}, and on their mirror images. One training of ${figures.training.epochs} epochs, seed ` +
     `${figures.training.seed}: accuracies differ by some tenths of a point between seeds.`;
-  const rows = files.map(({ name }) => [NAMES[name], figures.networks[name]]);
-  const columns = [
+  const rows = [
     ["Accuracy", (found) => `${(100 * found.accuracy).toFixed(2)} %`],
-    ["Mirrored", (found) => `${(100 * found.accuracy_mirrored).toFixed(2)} %`],
-    ["Answers that change", (found) => found.changed.toLocaleString("en")],
+    ["Accuracy on mirror images", (found) => `${(100 * found.accuracy_mirrored).toFixed(2)} %`],
+    ["Answers that change when mirrored", (found) => found.changed.toLocaleString("en")],
     ["Multiply-adds", (found) => millions(found.macs)],
     ["Parameters", (found) => millions(found.parameters)],
     ["File", (found) => megabytes(found.bytes)],
   ];
-  const head = `<tr><th scope="col">Network</th>${columns.map(([title]) => `<th scope="col">${title}</th>`).join("")}</tr>`;
-  const body = rows.map(
-    ([title, found]) => `<tr><th scope="row">${title}</th>${columns.map(([, cell]) => `<td>${cell(found)}</td>`).join("")}</tr>`,
+  const line = (tag, scope, title, cells) => {
+    const row = document.createElement("tr");
+    row.append(...[title, ...cells].map((text, i) => {
+      const cell = document.createElement(i ? tag : "th");
+      if (cell.tagName === "TH") cell.scope = i ? "col" : scope;
+      cell.textContent = text;
+      return cell;
+    }));
+    return row;
+  };
+  const found = files.map(({ name }) => figures.networks[name]);
+  element("summary").replaceChildren(
+    line("th", "col", "", files.map(({ name }) => NAMES[name])),
+    ...rows.map(([title, cell]) => line("td", "row", title, found.map(cell))),
   );
-  element("summary").innerHTML = `<thead>${head}</thead><tbody>${body.join("")}</tbody>`;
 }
 
 /** What the networks say, in a sentence for those who do not see the bars. */

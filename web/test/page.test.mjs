@@ -102,7 +102,7 @@ test("what is shown is what was computed", async () => {
   assert.match(await page.locator("#card-plain .verdict").textContent(), /Changes its mind/);
   assert.match(await page.locator("#card-equivariant .verdict").textContent(), /The same both ways/);
   assert.match(await page.locator("#card-equivariant .cost").textContent(), /ms · .* multiply-adds · .* MB/);
-  assert.equal(await page.locator("#summary tbody tr").count(), 2);
+  assert.equal(await page.locator("#summary tr").count(), 7);
   const mirrors = await page.evaluate(() => {
     const [a, b] = ["view-0", "view-1"].map((id) => document.getElementById(id));
     const [left, right] = [a, b].map((c) => c.getContext("2d").getImageData(0, 0, c.width, c.height).data);
