@@ -104,6 +104,14 @@ def test_the_equivariant_file_answers_the_same_both_ways_and_the_plain_one_does_
             assert changed[INDEX["first"] :].all()
 
 
+def test_the_documentation_tells_the_same_figures() -> None:
+    text = (WEB.parent / "docs" / "web.md").read_text()
+    for figures in ABOUT["networks"].values():
+        told = [f"{100 * figures[key]:.2f} %" for key in ("accuracy", "accuracy_mirrored")]
+        told += [f"{figures['macs'] / 1e6:.1f} M", f"{figures['bytes'] / 1e6:.2f} MB", f"| {figures['changed']:,} |"]
+        assert all(figure in text for figure in told)
+
+
 def test_samples_have_texts_and_a_licence() -> None:
     assert {sample["class"] for sample in INDEX["samples"]} == set(ABOUT["classes"])
     assert all(sample["class"] in sample["alt"] for sample in INDEX["samples"])
@@ -164,12 +172,13 @@ def run_node_test(node: str, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser() -> None:
+@pytest.mark.parametrize("name", ["page", "use"])
+def test_the_page_in_a_browser(name: str) -> None:
     node = node_or_skip()
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     if not os.environ.get("CHROMIUM") and not any(map(shutil.which, names)):
         pytest.skip("chromium is not installed, and CHROMIUM names none")
-    run_node_test(node, "page")
+    run_node_test(node, name)
 
 
 def test_the_server() -> None:
