@@ -8,6 +8,7 @@ const REASONS = {
 };
 
 let stream = null;
+let isAsking = false;
 
 function close() {
   stream?.getTracks().forEach((track) => track.stop());
@@ -18,11 +19,15 @@ function close() {
 }
 
 async function open(complain) {
+  if (isAsking) return;
+  isAsking = true;
   try {
     if (!navigator.mediaDevices) throw new DOMException("no camera", "NotFoundError");
     stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   } catch (error) {
     return complain(REASONS[error.name] ?? `The camera could not be opened (${error.name}). Choose a file instead.`);
+  } finally {
+    isAsking = false;
   }
   const video = element("video");
   video.srcObject = stream;

@@ -12,7 +12,7 @@ export const state = { backend: "wasm", networks: [], files: [], shown: null };
 let chosen = null; // { source, title, isSample, inverted }
 let latest = 0;
 
-const ready = start().catch(report);
+start().catch(report);
 
 async function start() {
   state.files = await Promise.all(["equivariant", "plain"].map(fetchModel));
@@ -188,5 +188,3 @@ function report(error) {
   if (!state.networks.length) element("status").textContent = "The networks are not running.";
   view.complain(expected ? error.message : `Something went wrong: ${error.message ?? error}`);
 }
-
-export { ready };
