@@ -82,7 +82,7 @@ def round_what_is_centred(network: Any) -> None:
     """Bring to float16 what an E(ViT) writes into its residual stream.
 
     The norms count on rows whose mean is 0. Were every number rounded by itself, those means would shift a little, and
-    mirroring would change probabilities 15 times as much as float32's own rounding does (7e-6 in place of 5e-7).
+    mirroring would change probabilities 20 times as much (by up to 3e-5 in place of 2e-6 on 10,000 test images).
     """
     if not getattr(network.blocks[0].norm1, "centred", False):
         return

@@ -8,8 +8,10 @@ const { browser, address, close } = await open();
 const page = await browser.newPage({ viewport: { width: Number(width), height: 800 }, colorScheme: scheme });
 await page.goto(address);
 await settled(page);
+await page.waitForTimeout(3000); // until the browser has compiled WebAssembly, times are not what they will be
+await page.locator('.sample[aria-pressed="true"]').click();
 await page.locator("[name=map][value=equivariant]").check();
-await page.waitForTimeout(500); // the bars glide
+await page.waitForTimeout(2000); // bars at rest, times measured
 await page.screenshot({ path: file, fullPage: true });
 await close();
 console.log(file);

@@ -47,7 +47,8 @@ export function showAnswers(name, { answers }, classes) {
     const order = answers[view].map((_, i) => i).sort((a, b) => answers[view][b] - answers[view][a]);
     list.querySelectorAll("li").forEach((row, i) => {
       const value = answers[view][order[i]];
-      row.querySelector(".name").textContent = classes[order[i]];
+      const name = row.querySelector(".name");
+      name.textContent = name.title = classes[order[i]]; // a long one may be cut short
       row.querySelector(".value").textContent = percent(value);
       row.querySelector(".bar span").style.width = `${100 * value}%`;
     });
