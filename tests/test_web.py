@@ -172,13 +172,13 @@ def run_node_test(node: str, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["page", "use"])
-def test_the_page_in_a_browser(name: str) -> None:
+def test_the_page_in_a_browser() -> None:
     node = node_or_skip()
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     if not os.environ.get("CHROMIUM") and not any(map(shutil.which, names)):
         pytest.skip("chromium is not installed, and CHROMIUM names none")
-    run_node_test(node, name)
+    run_node_test(node, "page")
+    run_node_test(node, "use")
 
 
 def test_the_server() -> None:
