@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
@@ -96,7 +97,7 @@ class Onnx(Target):
         model = program.model_proto
         if settings.precision == "int8":
             model = _quantised(model, settings)
-        del model.metadata_props[:]
+        forget_sources(model)
         for key, value in settings.metadata.items():
             model.metadata_props.add(key=key, value=value)
         model.producer_name, model.producer_version = "equiflop", settings.metadata.get("version", "")
@@ -146,15 +147,18 @@ class OpenVino(Target):
         import openvino
 
         with tempfile.TemporaryDirectory() as folder:
-            onnx_file = Path(folder) / "network.onnx"
+            onnx_file, made = Path(folder) / "network.onnx", Path(folder) / path.name
             _onnx_program(network, example, settings, form="stacked").save(str(onnx_file))
             model = openvino.convert_model(str(onnx_file))
             if settings.precision == "int8":
                 model = _quantised_by_nncf(model, settings)
-        for key, value in settings.metadata.items():
-            model.set_rt_info(value, ["equiflop", key])
-        _note_for_model_api(model, settings.metadata)
-        openvino.save_model(model, str(path), compress_to_fp16=settings.precision == "float16")
+            for key, value in settings.metadata.items():
+                model.set_rt_info(value, ["equiflop", key])
+            _note_for_model_api(model, settings.metadata)
+            openvino.save_model(model, str(made), compress_to_fp16=settings.precision == "float16")
+            del model  # it maps the first file
+            for file in (made, made.with_suffix(".bin")):  # copied, since OpenVINO does not say that a disk is full
+                shutil.copyfile(file, path.with_name(file.name))
 
     def load(self, path: Path, precision: str, threads: int | None = None) -> Runner:
         compiled = self._compiled(path, precision, threads)
@@ -196,8 +200,9 @@ class TorchExport(Target):
     suffix = ".pt2"
 
     def write(self, network: nn.Module, example: torch.Tensor, path: Path, settings: Settings) -> None:
-        program = _program(network, example, settings)
-        torch.export.save(program, str(path), extra_files={"equiflop.json": json.dumps(settings.metadata)})
+        program, whole = _program(network, example, settings), io.BytesIO()
+        torch.export.save(program, whole, extra_files={"equiflop.json": json.dumps(settings.metadata)})
+        path.write_bytes(whole.getbuffer())  # torch's own writer ends the process where the disk is full
 
     def load(self, path: Path, precision: str, threads: int | None = None) -> Runner:
         network = torch.export.load(str(path)).module()
@@ -215,7 +220,10 @@ class Aoti(Target):
 
         program = _program(network, example, settings)
         options = {"aot_inductor.metadata": settings.metadata}
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+        with tempfile.TemporaryDirectory() as folder:  # copied for the same reason as in TorchExport
+            made = Path(folder) / path.name
+            torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=options)
+            shutil.copyfile(made, path)
 
     def load(self, path: Path, precision: str, threads: int | None = None) -> Runner:
         import torch._inductor
@@ -306,6 +314,14 @@ def _onnx_program(
         )
     assert program is not None
     return program
+
+
+def forget_sources(model: Any) -> None:
+    """Remove what the exporter notes in an ONNX model: from which line of which file every node came."""
+    graph = model.graph
+    for part in (model, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def _batches(images: np.ndarray, size: int) -> list[np.ndarray]:
