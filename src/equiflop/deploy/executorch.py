@@ -155,6 +155,7 @@ def folded(graph: Any) -> Any:
                 graph.register_buffer(name, known[node].contiguous())
                 with graph.graph.inserting_before(node):
                     constant = graph.graph.get_attr(name)
+                constant.meta["val"] = node.meta["val"]
                 node.replace_all_uses_with(constant)
                 known[constant] = known[node]
     graph.graph.eliminate_dead_code()
