@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test soak check lint types clean
+.PHONY: demo test soak check lint types web node clean
 
 demo: $(STAMP)
 	$(BIN)/equiflop demo
@@ -17,11 +17,22 @@ soak: $(STAMP)
 check: lint types test
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests examples benchmarks docs studies
-	$(BIN)/ruff format --check src tests examples benchmarks docs studies
+	$(BIN)/ruff check src tests examples benchmarks docs studies web
+	$(BIN)/ruff format --check src tests examples benchmarks docs studies web
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# The page for browsers, on localhost: make web PORT=8081 takes another port than 8080.
+web: node web/node_modules/.package-lock.json
+	@PORT="$(PORT)" exec node web/serve.mjs
+
+web/node_modules/.package-lock.json: web/package-lock.json | node
+	npm ci --prefix web --ignore-scripts --no-audit --no-fund
+	@touch $@
+
+node:
+	@command -v node npm >/dev/null || { echo "make web needs Node.js 20 or newer, with npm: https://nodejs.org" >&2; exit 1; }
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "equiflop needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
@@ -30,4 +41,4 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 clean:
-	rm -rf .venv build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv web/node_modules build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,36 @@ def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
     result = bench(*arguments)
     assert result.exit_code == 2
     assert message in result.output and "Traceback" not in result.output
+
+
+def test_what_cannot_be_written_or_drawn_is_said_before_the_measurements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("equiflop.benchmark.compare._measure", lambda *args: pytest.fail("something was measured"))
+    (tmp_path / "file").touch()
+    for option, place in (("--output", "/proc/out.json"), ("--plot", str(tmp_path / "file" / "figures"))):
+        result = bench(NAME, *SMALL, option, place)
+        assert result.exit_code == 2 and "cannot write" in result.output and "Traceback" not in result.output
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    result = bench(NAME, *SMALL, "--plot", str(tmp_path / "figures"))
+    assert result.exit_code == 2 and "a figure needs matplotlib; install it with: pip install" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_ctrl_c_in_the_second_batch_size_leaves_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from equiflop.benchmark import compare as module
+
+    measure = module._measure
+
+    def interrupted(*args: Any) -> list[Entry]:
+        if args[5] == 1:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(module, "_measure", interrupted)
+    path = tmp_path / "out.json"
+    result = bench(NAME, *SMALL, "--mode", "eager", "--batch-size", "1", "--output", str(path))
+    assert result.exit_code == 130
+    assert f"wrote {path}, with what was measured until now" in result.output
+    assert [entry["batch_size"] for entry in json.loads(path.read_text())["entries"]] == [2, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,6 +36,20 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8 by :func:`write_atomically`."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def check_writable(path: Path) -> None:
+    """See, before the work, that a file can be written; its folder is made if it is not there.
+
+    Raises:
+        OSError: if not.
+    """
+    with failures_named(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden(path).touch()
+        hidden(path).unlink()
 
 
 def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:

@@ -17,9 +17,12 @@ from PIL import Image
 from torch import nn
 
 import equiflop
+from equiflop.data import Preprocessing, open_data
 from equiflop.deploy import Exported, ExportError, export, proof
 from equiflop.deploy.targets import TARGETS, Target
 from equiflop.models import PoseEstimator, Segmenter
+from equiflop.training import ModelSpec
+from equiflop.training.checkpoint import save_weights
 from oracles import relative_error, scramble
 from small_models import ALL, KEYWORDS, small_model
 
@@ -137,6 +140,23 @@ def test_half_precision(precision: str, tmp_path: Path) -> None:
     made = export(small_model(VIT), tmp_path / name, to, precision, images=4)
     assert 1e-6 < made.proof.difference < 6e-2
     assert made.proof.equivariance is not None and made.proof.equivariance.max_error < 1e-2
+
+
+def test_accuracy_before_and_after(photos: str, tmp_path: Path) -> None:
+    model = small_model(VIT)
+    classes = tuple(f"class{label}" for label in range(7))
+    spec = ModelSpec(VIT, SMALL, classes, Preprocessing((3, 32, 32), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    save_weights(tmp_path / "net.safetensors", model.state_dict(), spec)
+    made = export(tmp_path / "net.safetensors", tmp_path / "net.onnx", data=photos, dynamic_batch=True)
+    data = open_data(photos, preprocessing=spec.preprocessing)
+    batch = next(iter(data.test.batches(torch.arange(21), 21)))
+    for network, accuracy in (
+        (model, made.proof.network_accuracy),
+        (lambda x: run(TARGETS["onnx"], made, x), made.proof.accuracy),
+    ):
+        with torch.no_grad():
+            assert accuracy == pytest.approx((network(batch.images).argmax(1) == batch.labels).float().mean().item())
+    assert export(VIT, tmp_path / "net.onnx", settings=SMALL, data=photos).proof.accuracy is None  # other classes
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import timm
@@ -347,17 +347,20 @@ def test_norm_of_half_precision_is_computed_in_float32(name: str, dtype: torch.d
         assert relative_error(found, expected) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+@pytest.mark.parametrize("form", get_args(kernels.Form))
 @pytest.mark.parametrize("heads", ["coupled", "regular"])
 @pytest.mark.parametrize("name", PLANNED)
-def test_the_form_made_for_runtimes(name: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_form_made_for_runtimes(name: str, heads: str, form: kernels.Form, monkeypatch: pytest.MonkeyPatch) -> None:
     block = block_of(name, 16, heads=heads)
     x = torch.randn(2, 5, block.rep.dim, dtype=torch.float64)
     with kernels.reference():
         expected = outputs_and_gradients(block, block, x)
-    with counted(monkeypatch) as taken, kernels.for_runtimes():
+    with counted(monkeypatch) as taken, kernels.for_runtimes(form):
         found = outputs_and_gradients(block, block, x)
         linear = block.attn.qkv(x)
-    assert taken.count("branches/runtime") == 2 and taken.count("linear/runtime") == 1
+    real = all(irrep.endomorphism_dim == 1 for irrep in group(name).irreps)
+    variant = "branches/stacked" if form == "stacked" and real else "branches/runtime"
+    assert taken.count(variant) == 2 and taken.count("linear/runtime") == 1
     assert_same(found, expected, 1e-11)
     with kernels.reference():
         assert relative_error(linear, block.attn.qkv(x)) < 1e-11
@@ -369,7 +372,7 @@ def test_the_table_is_complete() -> None:
     assert names == {
         *("branches/parts", "branches/lanes", "branches/eager", "layer_norm/torch", "layer_norm/lanes"),
         *("attention/written out", "activation/rational"),
-        *("branches/runtime", "layer_norm/runtime", "linear/runtime"),
+        *("branches/stacked", "branches/runtime", "layer_norm/runtime", "linear/runtime"),
     }
     assert all(variant.when for variants in TABLE.values() for variant in variants)
     assert choose._forced is False

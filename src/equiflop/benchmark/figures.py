@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equiflop.benchmark.compare import Entry
-from equiflop.files import write_atomically
+from equiflop.extras import check_installed
+from equiflop.files import check_writable, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +34,17 @@ def read_accuracies(path: Path) -> dict[str, float]:
     return {str(name): float(value) for name, value in content.items()}
 
 
+def check_figures(folder: Path) -> None:
+    """See, before anything is measured, that figures can be drawn there.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        OSError: if the folder cannot be written.
+    """
+    check_installed("matplotlib", "demo", "a figure")
+    check_writable(folder / "macs.png")
+
+
 def write_figures(folder: Path, entries: Sequence[Entry], accuracies: Mapping[str, float]) -> list[Path]:
     """Draw what the entries allow.
 
@@ -45,15 +57,13 @@ def write_figures(folder: Path, entries: Sequence[Entry], accuracies: Mapping[st
         the files written.
 
     Raises:
-        ValueError: if matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
         OSError: if a file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("figures need matplotlib: pip install 'equiflop[demo]'") from error
-    folder.mkdir(parents=True, exist_ok=True)
+    check_figures(folder)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     drawings = {"macs.png": _draw_macs, "speedup.png": _draw_speedup}
     figures: dict[str, Figure] = {}
     for name, draw in drawings.items():

@@ -106,9 +106,9 @@ def command(
       equiflop bench flop_deit3_base_patch16_224 --fraction
     """
     from equiflop.benchmark.compare import BenchConfig, check_config, compare
-    from equiflop.benchmark.figures import read_accuracies, write_figures
+    from equiflop.benchmark.figures import check_figures, read_accuracies, write_figures
     from equiflop.benchmark.machine import describe_machine
-    from equiflop.files import write_text
+    from equiflop.files import check_writable, write_text
     from equiflop.training.device import pick_device
     from equiflop.training.model_spec import check_model_name
     from equiflop.training.progress import Progress
@@ -135,14 +135,25 @@ def command(
     check_config(config)
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output={output}: there is no folder {output.parent}")
+    if output is not None:
+        check_writable(output)
+    if plot is not None:
+        check_figures(plot)
     where = pick_device(device)
     machine = describe_machine(where)
     progress = Progress("bench")
     entries: list[Entry] = []
     last: list[tuple[Any, ...]] = []
 
+    def text() -> str:
+        result = {**machine, "dtype": dtype, "entries": [entry.as_dict() for entry in entries]}
+        return json.dumps(result, indent=2) + "\n"
+
     def show(entry: Entry) -> None:
         progress.clear()
+        entries.append(entry)
+        if output is not None:  # after every entry, so that a long run that is stopped leaves what it found
+            write_text(output, text())
         setting = (entry.step, entry.mode, entry.batch_size)
         if not as_json:
             if last[-1:] != [setting]:
@@ -150,13 +161,15 @@ def command(
             click.echo(_line(entry))
         last.append(setting)
 
-    for name in names:
-        last.clear()
-        entries += compare(name, config, where, progress, show)
-        result = {**machine, "dtype": dtype, "entries": [entry.as_dict() for entry in entries]}
-        text = json.dumps(result, indent=2) + "\n"
-        if output is not None:  # after every model, so that a long run that is stopped leaves something
-            write_text(output, text)
+    try:
+        for name in names:
+            last.clear()
+            compare(name, config, where, progress, show)
+    except KeyboardInterrupt:
+        progress.clear()
+        if output is not None and entries:
+            click.echo(f"wrote {output}, with what was measured until now", err=True)
+        raise
     progress.clear()
     if output is not None:
         click.echo(f"\nwrote {output}", err=as_json)
@@ -164,7 +177,7 @@ def command(
         for path in write_figures(plot, entries, accuracies):
             click.echo(f"wrote {path}", err=as_json)
     if as_json:
-        click.echo(text, nl=False)
+        click.echo(text(), nl=False)
 
 
 def _line(entry: Entry) -> str:

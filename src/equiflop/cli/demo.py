@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import click
 
 from equiflop.cli.options import device_option
@@ -35,9 +33,9 @@ def command(
     \b
     Example: equiflop demo --out demo-output
     """
-    if find_spec("matplotlib") is None:
-        raise ValueError('the demo draws with matplotlib, which is missing: pip install "equiflop[demo]"')
+    from equiflop.extras import check_installed
 
+    check_installed("matplotlib", "demo", "the demo")
     from equiflop.demo import DemoSettings, run_demo
     from equiflop.training import TrainingInterrupted
 

@@ -95,6 +95,9 @@ def _show(made: Exported) -> None:
     rows = [("difference to PyTorch", f"{proof.difference:.1e} of the largest output")]
     if proof.agreement is not None:
         rows.append(("same likeliest class", f"{100 * proof.agreement:.1f} % of {proof.images} {proof.source}"))
+    if proof.accuracy is not None and proof.network_accuracy is not None:
+        before, after = (f"{100 * value:.2f} %" for value in (proof.network_accuracy, proof.accuracy))
+        rows.append(("accuracy", f"{after}, of the network in PyTorch {before}"))
     if proof.share is not None:
         rows.append((f"products in {made.precision}", f"{100 * proof.share:.0f} %"))
     if proof.equivariance is not None:

@@ -104,10 +104,10 @@ def export(
     if precision == "int8" and data is None:
         raise ValueError("precision='int8' finds its ranges from images; give data, such as the training set")
     plain = _plain_of(subject, settings) if compare else None
-    some, source = proofs.sample_images(subject, data, images)
+    samples = proofs.sample_images(subject, data, images)
     calibration = None
     if precision == "int8":
-        calibration, _ = proofs.sample_images(subject, data, CALIBRATION_IMAGES, training=True)
+        calibration = proofs.sample_images(subject, data, CALIBRATION_IMAGES, training=True).images
         if len(calibration) < CALIBRATION_IMAGES:
             text = f"int8 finds its ranges from {len(calibration)} images of {data}; {CALIBRATION_IMAGES} are better"
             warnings.warn(text, EquiflopWarning, stacklevel=2)
@@ -116,16 +116,20 @@ def export(
     with workshop(path) as folder:
         made = folder / path.name
         _write(subject, target, made, options, batch)
-        found = proofs.prove(subject, target, made, precision, fixed, some, source)
+        runner = target.load(made, precision)
+        found = proofs.prove(subject, target, made, runner, precision, fixed, samples)
         if found.faults:
             raise ExportError(f"{subject.name} for {to} in {precision}: {'; '.join(found.faults)}; nothing was written")
-        if plain is not None:
+        if plain is None:
+            found = dataclasses.replace(found, speed=proofs.speed(runner, samples.images, fixed))
+        else:
             beside = folder / f"plain{target.suffix}"
             _write(plain, target, beside, dataclasses.replace(options, metadata=plain.metadata(precision)), batch)
-            runners = (target.load(made, precision), target.load(beside, precision))
-            own, theirs, ratios = proofs.beside_plain(*runners, some, fixed)
+            other = target.load(beside, precision)
+            own, theirs, ratios = proofs.beside_plain(runner, other, samples.images, fixed)
             found = dataclasses.replace(found, speed=own, plain=theirs, speedup=ratios)
-            del runners
+            del other
+        del runner
         for file in sorted(folder.glob(f"{path.stem}.*"), key=lambda file: file == made):
             os.replace(file, path.with_name(file.name))  # what lies beside it first
     return Exported(path, subject.name, to, precision, fixed, options.metadata, found)

@@ -2,8 +2,8 @@
 
 What :mod:`equiflop.kernels.runtime` cannot do, since it needs other weights, happens here, on a copy:
 
-* the patch embedding becomes one convolution with its whole kernel, a position embedding and a bias that depends on the
-  token one constant, token mixing one dense product;
+* a patch embedding and a downsampling become one convolution with its whole kernel, a position embedding and a bias
+  that depends on the token one constant, token mixing one dense product;
 * layer scales and affine parts of norms move into the linear maps beside them;
 * in E(ViT) whatever is added to the residual stream is centred, row by row. All norms subtract the means of rows, so
   nothing else sees the difference, and the norms become plain layer norms, which runtimes know. Where the rows of an
@@ -13,105 +13,34 @@ What :mod:`equiflop.kernels.runtime` cannot do, since it needs other weights, ha
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import Format
 from torch import Tensor, nn
 
+from equiflop.deploy.folded import (
+    FixedBias,
+    FixedField,
+    FoldedChannelMlp,
+    FoldedConvNeXtBlock,
+    FoldedDownsample,
+    FoldedPatchEmbed,
+    MixedTokens,
+)
 from equiflop.groups import Rep
 from equiflop.inference import fold_constants, holds_its_weights
 from equiflop.kernels import join, layout_of, split
-from equiflop.kernels.layout import per_channel
 from equiflop.kernels.norm import entry_weights
 from equiflop.models.dense import DenseModel
-from equiflop.models.equivariant_resmlp import EquivariantResBlock, MatchedBias
+from equiflop.models.equivariant_convnext import EquivariantConvNeXtBlock, EquivariantStem
+from equiflop.models.equivariant_resmlp import ChannelMlp, EquivariantResBlock
 from equiflop.models.equivariant_transformer import TOKENS, EquivariantTransformer
 from equiflop.models.tied import become
 from equiflop.nn import Block, LayerNorm, LayerScale, PatchEmbed, PositionEmbedding, TokenMixing
-from equiflop.nn.checks import check_images
-
-
-class FoldedPatchEmbed(PatchEmbed):
-    """A patch embedding as one convolution."""
-
-    kernel: Tensor
-    kernel_bias: Tensor | None
-
-    def macs(self, *shapes: torch.Size) -> int:
-        """Multiply-adds for images ``(B, C, H, W)``: those of the plain network."""
-        return shapes[0].numel() * len(self.kernel)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.in_chans, self.img_size if self.strict_img_size else None, self.patch_size)
-        x = F.conv2d(x, self.kernel, self.kernel_bias, stride=self.patch_size)
-        if self.output_fmt == Format.NHWC:
-            return self.norm(x.permute(0, 2, 3, 1))
-        return self.norm(x.flatten(2).transpose(1, 2))
-
-
-class FixedField(nn.Module):
-    """A position embedding as a constant; on another grid than its own it is made as before.
-
-    Args:
-        made_by: the position embedding.
-    """
-
-    field: Tensor
-
-    def __init__(self, made_by: PositionEmbedding) -> None:
-        super().__init__()
-        self.register_buffer("field", made_by())
-        self.grid_size = made_by.grid_size
-        self.made_by: PositionEmbedding | None = made_by
-
-    def forward(self, grid_size: tuple[int, int] | None = None) -> Tensor:
-        if grid_size is None or tuple(grid_size) == self.grid_size:
-            return self.field
-        if self.made_by is None:
-            raise ValueError(f"this network was prepared for {self.grid_size} tokens, not {tuple(grid_size)}")
-        return self.made_by(grid_size)
-
-
-class MixedTokens(nn.Module):
-    """Token mixing as one dense product, affine "norm" and layer scale with it: ``M (x * factor) + table``.
-
-    The product has the MACs of the plain network, twice those of the map taken apart into irreps. In its place go the
-    transforms of all tokens, which cost runtimes more.
-
-    Args:
-        block: the block whose first branch it is.
-    """
-
-    matrix: Tensor
-    factor: Tensor
-    table: Tensor
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        mixing, norm, scale = block.linear_tokens, block.norm1, block.ls1
-        tokens, rep = mixing.transform.rep.dim, mixing.rep
-        like = mixing.bias
-        nothing = torch.zeros(1, tokens, rep.dim, dtype=like.dtype, device=like.device)
-        at_rest = mixing(nothing)[0]
-        columns = []
-        for token in range(tokens):  # one after the other: together they take as many images as there are tokens
-            nothing[:, token] = 1.0
-            columns.append(mixing(nothing)[0, :, 0] - at_rest[:, 0])
-            nothing[:, token] = 0.0
-        gamma = per_channel(scale.gamma, layout_of(rep))
-        shift = norm(torch.zeros_like(at_rest))
-        self.register_buffer("matrix", torch.stack(columns, dim=1))
-        self.register_buffer("factor", gamma * (norm(torch.ones_like(gamma)) - norm(torch.zeros_like(gamma))))
-        self.register_buffer("table", gamma * (self.matrix @ shift + at_rest))
-
-    def macs(self, *shapes: torch.Size) -> int:
-        """Multiply-adds for ``(B, N, C)``."""
-        return shapes[0].numel() * len(self.matrix)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.matmul(self.matrix, x * self.factor) + self.table
+from equiflop.nn.depthwise import DepthwiseConv
+from equiflop.nn.downsample import Downsample
 
 
 @torch.no_grad()
@@ -130,19 +59,31 @@ def prepared(model: nn.Module, dynamic_size: bool = False) -> nn.Module:
     for module in fixed.modules():
         fold_constants(module)
     for module in list(fixed.modules()):
-        if type(module) is PatchEmbed:
-            _fold_patches(module)
-        if isinstance(module, EquivariantResBlock) and type(module.linear_tokens) is TokenMixing:
-            module.linear_tokens = MixedTokens(module)  # type: ignore[assignment]
-            module.norm1 = module.ls1 = nn.Identity()  # type: ignore[assignment]
-        if isinstance(module, MatchedBias):
-            module.fix_table()
-        for name, child in list(module.named_children()):
-            if isinstance(child, PositionEmbedding) and not dynamic_size:
-                setattr(module, name, FixedField(child))
+        _fold(module, dynamic_size)
     if readers:
         _centre_stream(_transformer(fixed), scales)
     return fixed
+
+
+def _fold(module: Any, dynamic_size: bool) -> None:
+    """Compute the constants of a module, or of what it holds."""
+    if type(module) is PatchEmbed:
+        _fold_patches(module)
+    if type(module) is EquivariantStem and type(module.norm) is LayerNorm:
+        _centre_stem(module)
+    if type(module) is EquivariantConvNeXtBlock:
+        _fold_convnext_block(module)
+    if isinstance(module, EquivariantResBlock) and type(module.linear_tokens) is TokenMixing:
+        module.linear_tokens = MixedTokens(module)  # type: ignore[assignment]
+        module.norm1 = module.ls1 = nn.Identity()  # type: ignore[assignment]
+    if type(module) is ChannelMlp:
+        module.bias1, module.bias2 = FixedBias(module.bias1), FixedBias(module.bias2)  # type: ignore[assignment]
+        become(module, FoldedChannelMlp)
+    for name, child in list(module.named_children()):
+        if isinstance(child, PositionEmbedding) and not dynamic_size:
+            setattr(module, name, FixedField(child))
+        if type(child) is Downsample:
+            setattr(module, name, _folded_downsample(child))
 
 
 def _transformer(model: Any) -> Any:
@@ -198,9 +139,7 @@ def _centre_stream(network: Any, scales: list[float]) -> None:
     """Centre and scale what is written to the stream."""
     rep: Rep = network.rep
     embed: Any = network.embedding
-    embed.kernel = _written(embed.kernel.movedim(0, -1), rep, scales).movedim(-1, 0)
-    if embed.kernel_bias is not None:
-        embed.kernel_bias = _written(embed.kernel_bias, rep, scales)
+    _write_centred(embed, rep, scales)
     field = getattr(network, "pos_embed", None)
     if isinstance(field, FixedField):
         field.field, field.made_by = _written(field.field, rep, scales), None
@@ -230,17 +169,61 @@ def _written(x: Tensor, rep: Rep, scales: list[float]) -> Tensor:
 
 
 def _fold_patches(embed: Any) -> None:
-    """Replace a patch embedding by the convolution that it is: what it answers to every pixel by itself."""
-    height, width = embed.patch_size
-    pixels = embed.in_chans * height * width
+    """Replace a patch embedding by the convolution that it is."""
     weight = next(embed.proj.parameters())
-    impulses = torch.eye(pixels, dtype=weight.dtype, device=weight.device).view(pixels, embed.in_chans, height, width)
-    patches = impulses.permute(0, 2, 3, 1).flatten(1, 2)  # pixels of a patch, then channels
-    bias = embed.proj.bias
-    answer = embed.proj(embed.transform(patches).flatten(-2))
-    at_rest = None if bias is None else F.pad(bias, (0, answer.shape[-1] - len(bias)))
-    kernel = (answer if at_rest is None else answer - at_rest).T.reshape(-1, embed.in_chans, height, width)
+    kernel, bias = _convolution(
+        lambda patches: embed.proj(embed.transform(patches.flatten(1, 2)).flatten(-2)),
+        (*embed.patch_size, embed.in_chans),
+        weight,
+    )
     become(embed, FoldedPatchEmbed)
     del embed.proj, embed.transform
-    embed.register_buffer("kernel", kernel.contiguous())
-    embed.register_buffer("kernel_bias", at_rest)
+    embed.register_buffer("kernel", kernel)
+    embed.register_buffer("kernel_bias", bias)
+
+
+def _folded_downsample(module: Downsample) -> FoldedDownsample:
+    weight = next(module.parameters())
+    return FoldedDownsample(*_convolution(lambda x: module(x)[:, 0, 0], (2, 2, module.in_rep.dim), weight))
+
+
+def _convolution(
+    patches_to_output: Callable[[Tensor], Tensor], size: tuple[int, int, int], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Kernel ``(out, C, h, w)`` and bias of an affine map of patches: what it answers to every pixel by itself.
+
+    Args:
+        patches_to_output: from ``(B, h, w, C)`` to ``(B, out)``.
+        size: ``h``, ``w`` and ``C``.
+        like: a tensor of the same type and device.
+    """
+    height, width, channels = size
+    pixels = torch.eye(math.prod(size), dtype=like.dtype, device=like.device).view(-1, height, width, channels)
+    at_rest = patches_to_output(torch.zeros_like(pixels[:1]))[0]
+    answers = patches_to_output(pixels) - at_rest  # h * w * C, out
+    return answers.view(height, width, channels, -1).permute(3, 2, 0, 1).contiguous(), at_rest
+
+
+def _centre_stem(stem: Any) -> None:
+    """Centre what the norm behind a patch embedding reads, where nothing else does."""
+    rep: Rep = stem.norm.rep
+    if type(stem.proj) is not PatchEmbed or any(multiplicity == 1 for multiplicity in rep.multiplicities):
+        return
+    _fold_patches(stem.proj)
+    _write_centred(stem.proj, rep, [1.0] * len(rep.multiplicities))
+    stem.norm.centred = True
+
+
+def _write_centred(embed: Any, rep: Rep, scales: list[float]) -> None:
+    embed.kernel = _written(embed.kernel.movedim(0, -1), rep, scales).movedim(-1, 0).contiguous()
+    embed.kernel_bias = _written(embed.kernel_bias, rep, scales)
+
+
+def _fold_convnext_block(block: Any) -> None:
+    depthwise: DepthwiseConv = block.conv_dw
+    block.register_buffer("kernel", depthwise.kernel())
+    block.register_buffer("kernel_bias", depthwise.bias_of_outputs())
+    channels = torch.arange(depthwise.rep.dim, device=block.kernel.device)
+    block.register_buffer("order", torch.cat(depthwise.ordered(channels)))
+    become(block, FoldedConvNeXtBlock)
+    del block.conv_dw

@@ -46,27 +46,31 @@ class Proof:
         difference: largest difference to PyTorch's output in float32, relative to its largest value.
         equivariance: the report over all group elements; None for a plain network.
         agreement: share of images for which the likeliest class is PyTorch's; None without classes.
+        accuracy: share of images that the file classifies rightly; None where their classes are not the network's.
+        network_accuracy: the same of the network in PyTorch.
         images: how many.
         source: where they come from.
         share: of products that run in the asked precision; None where the runtime does not tell.
         size: of the file in bytes, with what lies beside it.
+        faults: why the file is not what it should be; empty if it is.
         speed: of the file.
         plain: of the plain twin exported the same way, if it was asked for.
         speedup: how many times as many images a second as plain, by batch size.
-        faults: why the file is not what it should be; empty if it is.
     """
 
     difference: float
     equivariance: CheckReport | None
     agreement: float | None
+    accuracy: float | None
+    network_accuracy: float | None
     images: int
     source: str
     share: float | None
     size: int
-    speed: Speed
+    faults: tuple[str, ...]
+    speed: Speed | None = None
     plain: Speed | None = None
     speedup: Mapping[int, Spread] = field(default_factory=dict)
-    faults: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
@@ -77,6 +81,8 @@ class Proof:
             "difference": self.difference,
             "equivariance": None if self.equivariance is None else self.equivariance.as_dict(),
             "agreement": self.agreement,
+            "accuracy": self.accuracy,
+            "network_accuracy": self.network_accuracy,
             "images": self.images,
             "source": self.source,
             "share": self.share,
@@ -126,7 +132,30 @@ def run(runner: Runner, images: np.ndarray, batch: int | None) -> np.ndarray:
     return np.concatenate(outputs)
 
 
-def sample_images(subject: Subject, data: str | None, count: int, training: bool = False) -> tuple[np.ndarray, str]:
+@dataclass(frozen=True)
+class Samples:
+    """Images on which files are compared with networks.
+
+    Attributes:
+        images: ``(N, C, H, W)``, normalised.
+        source: where they come from.
+        labels: ``(N,)``; None for images without.
+        classes: what the labels mean.
+    """
+
+    images: np.ndarray
+    source: str
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
+
+    def accuracy(self, output: np.ndarray, classes: tuple[str, ...]) -> float | None:
+        """The share of right answers of a network for these classes; None where they are others."""
+        if self.labels is None or self.classes != classes:
+            return None
+        return float((output.argmax(1) == self.labels).mean())
+
+
+def sample_images(subject: Subject, data: str | None, count: int, training: bool = False) -> Samples:
     """Images of a data set, from all over it, or smooth random ones.
 
     Args:
@@ -134,31 +163,31 @@ def sample_images(subject: Subject, data: str | None, count: int, training: bool
         data: the data set, or None.
         count: how many; fewer where there are no more.
         training: its training images in place of its test images.
-
-    Returns:
-        the images, ``(count, C, H, W)``, and where they come from.
     """
     if data is not None:
         found = open_data(data, preprocessing=subject.preprocessing)
         split = found.train if training else found.test
         places = torch.linspace(0, len(split) - 1, min(count, len(split))).long()
-        batches = [batch.images for batch in split.batches(places, 64)]
-        return torch.cat(batches).numpy(), f"{'training' if training else 'test'} images of {found.name}"
+        batches = list(split.batches(places, 64))
+        images = torch.cat([batch.images for batch in batches]).numpy()
+        labels = torch.cat([batch.labels for batch in batches]).numpy()
+        source = f"{'training' if training else 'test'} images of {found.name}"
+        return Samples(images, source, labels, tuple(found.classes))
     generator = torch.Generator().manual_seed(1)
     channels, height, width = subject.input_size
     coarse = torch.randn(count, channels, 8, 8, generator=generator)
     smooth = nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
-    return smooth.numpy(), "smooth random images"
+    return Samples(smooth.numpy(), "smooth random images")
 
 
 def prove(
     subject: Subject,
     target: Target,
     path: Path,
+    runner: Runner,
     precision: str,
     batch: int | None,
-    images: np.ndarray,
-    source: str,
+    samples: Samples,
 ) -> Proof:
     """Run a file and compare it with the network.
 
@@ -166,31 +195,30 @@ def prove(
         subject: what was exported.
         target: its runtime.
         path: the file.
+        runner: the file, loaded.
         precision: the asked precision.
         batch: the only size of a batch that the file takes, or None for any.
-        images: what to compare on.
-        source: where they come from.
+        samples: what to compare on.
     """
-    runner = target.load(path, precision)
-    found = run(runner, images, batch)
+    images = samples.images
+    found = np.concatenate([run(runner, part, batch) for part in np.array_split(images, -(-len(images) // 64))])
     with torch.no_grad():
         expected = torch.cat([subject.model(part) for part in torch.from_numpy(images).split(batch or 8)]).numpy()
     faults: list[str] = []
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        faults.append(
-            f"the output is {found.shape} and must be {expected.shape}"
-            if found.shape != expected.shape
-            else "the output is not finite"
-        )
-        difference = float("inf")
+    difference = float("inf")
+    if found.shape != expected.shape:
+        faults.append(f"the output is {found.shape} and must be {expected.shape}")
+    elif not np.isfinite(found).all():
+        faults.append("the output is not finite")
     else:
         difference = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
     limit = DIFFERENCES.get(precision)
-    if limit is not None and difference > limit:
+    if limit is not None and np.isfinite(difference) and difference > limit:
         faults.append(f"it differs from the network by {difference:.1e} of the largest output, more than {limit:.0e}")
-    agreement = None
+    agreement = accuracy = network_accuracy = None
     if expected.ndim == 2 and subject.classes and found.shape == expected.shape:
         agreement = float((found.argmax(1) == expected.argmax(1)).mean())
+        accuracy, network_accuracy = (samples.accuracy(output, subject.classes) for output in (found, expected))
     report = None
     if subject.group is not None and not faults:
         report = check(
@@ -206,13 +234,19 @@ def prove(
         difference=difference,
         equivariance=report,
         agreement=agreement,
+        accuracy=accuracy,
+        network_accuracy=network_accuracy,
         images=len(images),
-        source=source,
+        source=samples.source,
         share=target.share(path, precision),
         size=sum(p.stat().st_size for p in beside),
-        speed=_speeds({"own": runner}, images, batch)["own"][0],
         faults=tuple(faults),
     )
+
+
+def speed(runner: Runner, images: np.ndarray, batch: int | None) -> Speed:
+    """How fast a file runs."""
+    return _speeds({"own": runner}, images, batch)["own"][0]
 
 
 def _speeds(

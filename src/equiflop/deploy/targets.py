@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from equiflop.kernels import for_runtimes
+from equiflop.extras import check_installed
+from equiflop.kernels import Form, for_runtimes
 
 #: A file that is ready to run: images ``(B, C, H, W)`` to the output, both float32.
 Runner = Callable[[np.ndarray], np.ndarray]
@@ -147,7 +147,7 @@ class OpenVino(Target):
 
         with tempfile.TemporaryDirectory() as folder:
             onnx_file = Path(folder) / "network.onnx"
-            _onnx_program(network, example, settings).save(str(onnx_file))
+            _onnx_program(network, example, settings, form="stacked").save(str(onnx_file))
             model = openvino.convert_model(str(onnx_file))
             if settings.precision == "int8":
                 model = _quantised_by_nncf(model, settings)
@@ -259,8 +259,7 @@ def target_of(name: str, precision: str) -> Target:
         raise ValueError(f"precision={precision!r} is not one of {name}'s; choose from {', '.join(target.precisions)}")
     needed = (*target.packages, *(("nncf",) if (name, precision) == ("openvino", "int8") else ()))
     for package in needed:
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"to={name!r} needs {package}; install it with: pip install 'equiflop[{target.extra}]'")
+        check_installed(package, target.extra, f"to={name!r}")
     return target
 
 
@@ -291,8 +290,10 @@ def _program(network: nn.Module, example: torch.Tensor, settings: Settings) -> A
         return torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes(settings))
 
 
-def _onnx_program(network: nn.Module, example: torch.Tensor, settings: Settings, opset: int = OPSET) -> Any:
-    with torch.no_grad(), for_runtimes():
+def _onnx_program(
+    network: nn.Module, example: torch.Tensor, settings: Settings, opset: int = OPSET, form: Form = "joined"
+) -> Any:
+    with torch.no_grad(), for_runtimes(form):
         program = torch.onnx.export(
             network,
             (example,),

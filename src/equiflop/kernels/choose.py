@@ -6,14 +6,17 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _forced = os.environ.get("EQUIFLOP_KERNELS", "") == "reference"
-_for_runtimes = False
+_form: Form | None = None
+
+#: How features are joined in the form made for runtimes: along their last axis, or lanes stacked along a first one.
+Form = Literal["joined", "stacked"]
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,24 @@ def reference() -> Iterator[None]:
 
 
 @contextmanager
-def for_runtimes() -> Iterator[None]:
-    """Within this context operations take the form made for runtimes, which is meant to be traced by an export."""
-    global _for_runtimes
-    before, _for_runtimes = _for_runtimes, True
+def for_runtimes(form: Form = "joined") -> Iterator[None]:
+    """Within this context operations take the form made for runtimes, which is meant to be traced by an export.
+
+    Args:
+        form: ``"joined"``, for every runtime, or ``"stacked"``, for those that join tensors along their first axis
+            without copying.
+    """
+    global _form
+    before, _form = _form, form
     try:
         yield
     finally:
-        _for_runtimes = before
+        _form = before
 
 
-def is_made_for_runtimes() -> bool:
-    """Whether the form made for runtimes is asked for."""
-    return _for_runtimes
+def is_made_for_runtimes(form: Form | None = None) -> bool:
+    """Whether the form made for runtimes is asked for, or this one."""
+    return _form is not None if form is None else _form == form
 
 
 def is_traced_for_kernels() -> bool:

@@ -7,8 +7,8 @@ a small constant matrix, which is one operator in place of a butterfly of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,29 +70,31 @@ def _centred(x: Tensor, layout: Layout) -> Tensor:
 def branches(x: Tensor, layout: Layout, parts: Sequence[branch.Parts]) -> Tensor:
     """Residual branches, see :func:`equiflop.kernels.branch.branches`."""
     for part in parts:
-        if isinstance(part.norm, norms.Norm):
-            normal = norms.layer_norm(x, layout, part.norm)
-        else:
-            normal = x if part.norm is None else norms.affine(x, layout, part.norm)
-        rows = rows_of(normal, layout)
-        body = part.body
-        out = joined(
-            _mlp(rows, layout, body) if isinstance(body, branch.Mlp) else _attention(rows, layout, body), layout
-        )
-        if isinstance(body, branch.Mlp) and body.bias2 is not None:
-            out = out + body.bias2
-        if part.scale is not None:
-            out = out * per_channel(part.scale, layout)
-        x = x + out if part.residual else out
+        x = residual(x, layout, part, _mlp if isinstance(part.body, branch.Mlp) else _attention)
     return x
 
 
-def _mlp(rows: Sequence[Tensor], layout: Layout, mlp: branch.Mlp) -> list[Tensor]:
-    hidden = to_group(products(rows, layout, mlp.fc1), mlp.hidden)
+def residual(x: Tensor, layout: Layout, part: branch.Parts, body: Callable[[Tensor, Layout, Any], Tensor]) -> Tensor:
+    """One residual branch, given what computes its body."""
+    if isinstance(part.norm, norms.Norm):
+        normal = norms.layer_norm(x, layout, part.norm)
+    else:
+        normal = x if part.norm is None else norms.affine(x, layout, part.norm)
+    out = body(normal, layout, part.body)
+    if isinstance(part.body, branch.Mlp) and part.body.bias2 is not None:
+        out = out + part.body.bias2
+    if part.scale is not None:
+        out = out * per_channel(part.scale, layout)
+    return x + out if part.residual else out
+
+
+def _mlp(x: Tensor, layout: Layout, mlp: branch.Mlp) -> Tensor:
+    hidden = to_group(products(rows_of(x, layout), layout, mlp.fc1), mlp.hidden)
     if mlp.bias1 is not None:
         biases = mlp.bias1 if mlp.hidden.order <= FEW else [torch.stack(list(mlp.bias1), dim=-2)]
         hidden = [value + bias for value, bias in zip(hidden, biases, strict=True)]
-    return products(from_group([mlp.act(value) for value in hidden], mlp.hidden), mlp.hidden, mlp.fc2)
+    rows = from_group([mlp.act(value) for value in hidden], mlp.hidden)
+    return joined(products(rows, mlp.hidden, mlp.fc2), layout)
 
 
 def to_group(rows: Sequence[Tensor], layout: Layout) -> list[Tensor]:
@@ -133,14 +135,15 @@ def _matrix(layout: Layout, like: Tensor) -> Tensor:
     return torch.tensor(layout.additions, dtype=like.dtype, device=like.device)
 
 
-def _attention(rows: Sequence[Tensor], layout: Layout, attention: branch.Attention) -> list[Tensor]:
+def _attention(x: Tensor, layout: Layout, attention: branch.Attention) -> Tensor:
     kind: Literal["heads", "group"] = "heads" if attention.heads == "coupled" else "group"
-    out = written(products(rows, layout, attention.qkv), layout, Order(kind, 3, attention.num_heads))
+    rows = products(rows_of(x, layout), layout, attention.qkv)
+    out = written(rows, layout, Order(kind, 3, attention.num_heads))
     qkv = out.unflatten(-1, (3 * attention.num_heads, -1)).transpose(1, 2)
     q, k, v = qkv.split(attention.num_heads, dim=1)  # B, heads, N, channels
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=attention.attn_mask, is_causal=attention.is_causal)
-    x = x.transpose(1, 2).flatten(2)
-    return products(read(x, layout, Order(kind, 1, attention.num_heads)), layout, attention.proj)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention.attn_mask, is_causal=attention.is_causal)
+    rows = read(y.transpose(1, 2).flatten(2), layout, Order(kind, 1, attention.num_heads))
+    return joined(products(rows, layout, attention.proj), layout)
 
 
 def linear(

@@ -77,7 +77,6 @@ class MatchedBias(FixedTensors):
         ]
         self.fix("fields", np.stack(fields, axis=1), device, dtype)
         self.bias = nn.Parameter(torch.zeros(rep.dim, device=device, dtype=dtype))
-        self._fixed = 0
 
     def reset_parameters(self) -> None:
         """Zero."""
@@ -85,9 +84,6 @@ class MatchedBias(FixedTensors):
 
     def table(self) -> Tensor:
         """What is added to every token, ``(rows * columns, rep.dim)``."""
-        if self._fixed:
-            lanes = self.lanes()
-            return lanes[0] if len(lanes) == 1 else torch.cat(lanes, dim=-1)
         fields = self.fields.to(self.bias.dtype)
         spans = self._layout.spans  # of one-dimensional irreps
         blocks = [fields[:, i, None, None] * self.bias[span.start : span.stop] for i, span in enumerate(spans)]
@@ -95,16 +91,7 @@ class MatchedBias(FixedTensors):
 
     def lanes(self) -> list[Tensor]:
         """The table in the group's basis by lanes, each ``(rows * columns, copies)``."""
-        if self._fixed:
-            return [getattr(self, f"lane_{i}") for i in range(self._fixed)]
         return to_lanes(self.table(), self._layout)
-
-    def fix_table(self) -> None:
-        """Keep the table, in the group's basis its lanes, as constants: the bias does not change any more."""
-        lanes = self.lanes() if self.order.kind == "group" else [self.table()]
-        for i, lane in enumerate(lanes):
-            self.register_buffer(f"lane_{i}", lane.contiguous(), persistent=False)
-        self._fixed = len(lanes)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.table().to(x.dtype)

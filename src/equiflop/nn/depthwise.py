@@ -121,16 +121,24 @@ class DepthwiseConv(FixedTensors):
                 kernels.append(rows.index_select(1, getattr(self, f"index_{name}")) * coefficients)
         return torch.cat(kernels).view(-1, 1, self.kernel_size, self.kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def bias_of_outputs(self) -> Tensor | None:
+        """The bias in the order of the input channels, shape ``(rep.dim,)``; None for none."""
+        if self.bias is None:
+            return None
+        parts = len(self.products)  # input part 0 of every irrep becomes the trivial irrep of the output
+        return F.pad(self.bias.view(parts, 1, self.part), (0, 0, 0, parts - 1)).flatten()
+
+    def ordered(self, channels: Tensor) -> list[Tensor]:
+        """Channels ``(..., rep.dim)`` in the order of the input, cut into parts in the order of the output."""
         parts = len(self.products)
-        bias = None
-        if self.bias is not None:  # input part 0 of every irrep becomes the trivial irrep of the output
-            bias = F.pad(self.bias.view(parts, 1, self.part), (0, 0, 0, parts - 1)).flatten()
-        y = F.conv2d(x, self.kernel(), bias, padding=self.kernel_size // 2, groups=self.rep.dim)
+        pieces = channels.split(self.part, dim=-1)
+        return [pieces[source * parts + target] for target in range(parts) for source in range(parts)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding, bias = self.kernel_size // 2, self.bias_of_outputs()
+        y = F.conv2d(x, self.kernel(), bias, padding=padding, groups=self.rep.dim)
         # Slices joined rather than an axis transposed, and three axes rather than four: compilers vectorise that.
-        pieces = y.permute(0, 2, 3, 1).flatten(1, 2).split(self.part, dim=-1)
-        order = [source * parts + target for target in range(parts) for source in range(parts)]
-        joined = torch.cat([pieces[i] for i in order], dim=-1)
+        joined = torch.cat(self.ordered(y.permute(0, 2, 3, 1).flatten(1, 2)), dim=-1)
         return joined.unflatten(1, y.shape[-2:]).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from equiflop.extras import check_installed
 from equiflop.files import write_atomically
 
 _FORMATS = ("png", "svg", "pdf")
@@ -65,16 +66,16 @@ def draw_runs(runs: Sequence[RunLog], output: Path) -> None:
     """Loss and accuracy by epoch, and accuracy by time.
 
     Raises:
-        ValueError: if matplotlib is missing, or the file is not an image of a known kind.
+        ImportError: if matplotlib is missing.
+        ValueError: if the file is not an image of a known kind.
         OSError: if it cannot be written; what was there before is then intact.
     """
     kind = output.suffix.lower().removeprefix(".")
     if kind not in _FORMATS:
         raise ValueError(f"output={str(output)!r} must end with .{', .'.join(_FORMATS)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError('figures need matplotlib: pip install "equiflop[demo]"') from error
+    check_installed("matplotlib", "demo", "a figure")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 4), layout="constrained")
     loss, by_epoch, by_time = figure.subplots(1, 3)
     for run in runs:
