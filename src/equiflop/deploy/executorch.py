@@ -1,8 +1,8 @@
 """ExecuTorch: programs (``.pte``) for small devices, which its backend XNNPACK takes whole.
 
 What XNNPACK does not take is left to ExecuTorch's portable operators, and every change of hands copies. So graphs are
-spelled in XNNPACK's own operators before they are lowered, those of plain networks as those of ours: a mean is a product
-with a constant row, attention two products and a softmax, a split so many slices.
+spelled in XNNPACK's own operators before they are lowered, those of plain networks as those of ours: a mean is a
+product with a constant row, attention two products and a softmax, a split so many slices.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def _quantizer() -> Any:
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
 
     quantizer = XNNPACKQuantizer()
-    for operator in (aten.linear.default, aten.conv2d.default):
-        quantizer.set_operator_type(operator, ranges())
+    for kind in (aten.linear.default, aten.conv2d.default):
+        quantizer.set_operator_type(kind, ranges())
     return quantizer
 
 

@@ -18,14 +18,14 @@ SMALLEST_STEP = 2.0**-60
 
 def ranges() -> Any:
     """How activations and weights are counted: per tensor and per output channel, both symmetric."""
-    from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
+    from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
 
     bounds = {"dtype": torch.int8, "quant_min": -127, "quant_max": 127}
     activations = QuantizationSpec(
         **bounds,
         qscheme=torch.per_tensor_symmetric,
-        observer_or_fake_quant_ctr=HistogramObserver.with_args(eps=SMALLEST_STEP),
+        observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=SMALLEST_STEP),
     )
     weights = QuantizationSpec(
         **bounds,

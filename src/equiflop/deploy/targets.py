@@ -55,12 +55,14 @@ class Target(ABC):
     Attributes:
         precisions: those that it knows.
         packages: what has to be installed, as modules.
+        packages_of_int8: what int8 needs besides.
         extra: the extra of equiflop that brings them, or an empty string.
         suffix: of its files.
     """
 
     precisions: tuple[str, ...]
     packages: tuple[str, ...] = ()
+    packages_of_int8: tuple[str, ...] = ()
     extra: str = ""
     suffix: str
 
@@ -139,6 +141,7 @@ class OpenVino(Target):
 
     precisions = ("float32", "bfloat16", "float16", "int8")
     packages = ("openvino", "onnx", "onnxscript")
+    packages_of_int8 = ("nncf",)
     extra = "openvino"
     suffix = ".xml"
 
@@ -257,7 +260,7 @@ def target_of(name: str, precision: str) -> Target:
     target = TARGETS[name]
     if precision not in target.precisions:
         raise ValueError(f"precision={precision!r} is not one of {name}'s; choose from {', '.join(target.precisions)}")
-    needed = (*target.packages, *(("nncf",) if (name, precision) == ("openvino", "int8") else ()))
+    needed = (*target.packages, *(target.packages_of_int8 if precision == "int8" else ()))
     for package in needed:
         check_installed(package, target.extra, f"to={name!r}")
     return target
