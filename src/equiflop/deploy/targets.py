@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import logging
+import re
 import tempfile
 import warnings
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -195,35 +197,66 @@ class OpenVino(Target):
 class TorchExport(Target):
     """Programs of ``torch.export``."""
 
-    precisions = ("float32", "bfloat16", "float16")
+    precisions = ("float32", "bfloat16", "float16", "int8")
+    packages_of_int8 = ("torchao",)
+    extra = "torchao"
     suffix = ".pt2"
 
     def write(self, network: nn.Module, example: torch.Tensor, path: Path, settings: Settings) -> None:
-        program = _program(network, example, settings)
+        program = _program_in_int8(network, example, settings)
         torch.export.save(program, str(path), extra_files={"equiflop.json": json.dumps(settings.metadata)})
 
     def load(self, path: Path, precision: str, threads: int | None = None) -> Runner:
-        network = torch.export.load(str(path)).module()
-        return _torch_runner(network, precision)
+        return _torch_runner(self._program(path, precision).module(), precision)
+
+    def share(self, path: Path, precision: str) -> float | None:
+        """For int8, what the program says: a compiler multiplies integers, plain PyTorch what they stand for."""
+        if precision != "int8":
+            return super().share(path, precision)
+        from equiflop.deploy.pt2e import share_of
+
+        return share_of(self._program(path, precision))
+
+    def _program(self, path: Path, precision: str) -> Any:
+        if precision == "int8":
+            import torchao.quantization.pt2e  # noqa: F401  (brings the operators)
+        return torch.export.load(str(path))
+
+
+#: Calls of products in what Inductor writes.
+AOTI_PRODUCTS = r"aoti_torch_cpu_+(?:qlinear|qconv|addmm|mm|bmm|mkldnn|linear|convolution|scaled_dot_product)\w*\("
 
 
 class Aoti(Target):
     """Packages compiled ahead of time by Inductor (AOTInductor), for processors like this one."""
 
-    precisions = ("float32", "bfloat16")
+    precisions = ("float32", "bfloat16", "int8")
+    packages_of_int8 = ("torchao",)
+    extra = "torchao"
     suffix = ".pt2"
 
     def write(self, network: nn.Module, example: torch.Tensor, path: Path, settings: Settings) -> None:
         import torch._inductor
 
-        program = _program(network, example, settings)
-        options = {"aot_inductor.metadata": settings.metadata}
+        program = _program_in_int8(network, example, settings)
+        options: dict[str, Any] = {"aot_inductor.metadata": settings.metadata}
+        if settings.precision == "int8":
+            options["freezing"] = True  # with constant weights it knows products of integers
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
     def load(self, path: Path, precision: str, threads: int | None = None) -> Runner:
         import torch._inductor
 
         return _torch_runner(torch._inductor.aoti_load_package(str(path)), precision)
+
+    def share(self, path: Path, precision: str) -> float | None:
+        """For int8, from the calls in the package's own code."""
+        if precision != "int8":
+            return super().share(path, precision)
+        with zipfile.ZipFile(path) as package:
+            codes = [package.read(name).decode() for name in package.namelist() if name.endswith(".cpp")]
+        calls = re.findall(AOTI_PRODUCTS, "".join(codes))
+        return sum("__q" in call for call in calls) / max(len(calls), 1)
 
 
 #: The targets by name.
@@ -267,7 +300,7 @@ def target_of(name: str, precision: str) -> Target:
 
 
 def _torch_runner(network: Any, precision: str) -> Runner:
-    dtype = getattr(torch, precision)
+    dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
 
     def run(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -291,6 +324,16 @@ def _program(network: nn.Module, example: torch.Tensor, settings: Settings) -> A
         network, example = network.to(dtype), example.to(dtype)
     with torch.no_grad(), for_runtimes():
         return torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes(settings))
+
+
+def _program_in_int8(network: nn.Module, example: torch.Tensor, settings: Settings) -> Any:
+    program = _program(network, example, settings)
+    if settings.precision != "int8":
+        return program
+    from equiflop.deploy.pt2e import quantised_program
+
+    assert settings.calibration is not None
+    return quantised_program(program, example, settings.calibration, _dynamic_shapes(settings))
 
 
 def _onnx_program(
