@@ -1,9 +1,10 @@
-"""A disk that fills up while a training state is being written: a real one, in memory, of two megabytes."""
+"""A disk that fills up while something is being written: a real one, in memory, of two megabytes."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +56,19 @@ def test_the_run_says_so_and_goes_on_when_there_is_room(processes: int, small_di
     assert again.returncode == 0, again.stderr
     whole, resumed = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", out))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("to", "suffix"), [("onnx", ".onnx"), ("openvino", ".xml"), ("torch-export", ".pt2")])
+def test_an_export_leaves_what_was_there(to: str, suffix: str, small_disk: Path) -> None:
+    path = small_disk / f"net{suffix}"
+    path.write_text("what was there before")
+    settings = {"img_size": 32, "depth": 4}  # 3.7 M parameters
+    command = [sys.executable, "-m", "equiflop", "export", "flop_deit3_small_patch16_224", "--to", to, "-o", str(path)]
+    command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"equiflop: {path}: cannot write") and last.endswith("intact"), done.stderr
+    assert [file.name for file in small_disk.iterdir()] == [path.name]
+    assert path.read_text() == "what was there before"

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from equiflop.data import ImageData, open_data
 from equiflop.deploy import prepared
 from equiflop.deploy.subject import Subject
-from equiflop.deploy.targets import OPSET, quiet
+from equiflop.deploy.targets import OPSET, forget_sources, quiet
 from equiflop.files import write_atomically, write_text
 from equiflop.kernels import for_runtimes, join, layout_of, split
 from equiflop.training import CheckpointError
@@ -115,10 +115,8 @@ def halved(model: onnx.ModelProto) -> onnx.ModelProto:
         name = value.name
         value.CopyFrom(numpy_helper.from_array(numbers.astype(np.float16), f"{name}.half"))
         casts.append(helper.make_node("Cast", [value.name], [name], to=TensorProto.FLOAT))
+    forget_sources(model)
     nodes = [*casts, *model.graph.node]
-    for part in (*nodes, *model.graph.input, *model.graph.output, *model.graph.initializer):
-        del part.metadata_props[:]  # the exporter's: where in which source file each came from
-        part.doc_string = ""
     del model.graph.node[:], model.graph.value_info[:]
     model.graph.node.extend(nodes)
     onnx.checker.check_model(model)
@@ -141,7 +139,6 @@ def onnx_bytes(subject: Subject) -> bytes:
         )
     assert program is not None
     model = halved(program.model_proto)
-    del model.metadata_props[:]
     noted = {**subject.metadata("float32"), "weights": "float16", "outputs": json.dumps(["logits", "map"])}
     for key, value in noted.items():
         model.metadata_props.add(key=key, value=value)

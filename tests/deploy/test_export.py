@@ -120,6 +120,7 @@ def test_what_stands_in_the_file(tmp_path: Path) -> None:
     assert json.loads(found["mean"]) == pytest.approx([0.485, 0.456, 0.406]) and len(json.loads(found["labels"])) == 7
     assert int(found["macs"]) > 0 and found["precision"] == "float32" and found["interpolation"] == "bicubic"
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]  # one file, nothing beside it
+    assert b".py" not in made.path.read_bytes()  # nothing of the machine that it was written on
 
 
 @has_openvino

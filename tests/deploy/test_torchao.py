@@ -39,9 +39,11 @@ def test_int8_mirrors(to: str, group: str, tmp_path: Path) -> None:
     # all but attention and, for eight elements, the transforms, which are products with ones: 2 and 12 a block
     assert made.proof.share < 1.0
     assert 1e-4 < made.proof.difference < 0.2
-    # the same but for values that lie between two steps, which the order of softmax's float sum moves to either
-    assert made.proof.equivariance is not None and made.proof.equivariance.max_error < 3e-2
     runner = TARGETS[to].load(made.path, "int8")
+    noise = torch.randn(20, 3, 32, 32)
+    answers = [runner(images.numpy()) for images in (noise, noise.flip(-1))]
+    # nearly all: where a value lies between two steps, the order of softmax's float sum moves it to either
+    assert (answers[0] == answers[1]).all(axis=1).mean() > 0.8
     images = np.random.default_rng(0).standard_normal((5, 3, 32, 32)).astype(np.float32)
     together, apart = proof.run(runner, images, None), proof.run(runner, images, 1)
     assert np.abs(together - apart).max() < 0.1 * np.abs(apart).max()

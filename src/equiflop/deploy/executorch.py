@@ -48,7 +48,7 @@ class ExecuTorch(Target):
         for name in ("dynamic_batch", "dynamic_size"):
             if getattr(settings, name):
                 raise ValueError(f"to='executorch' needs {name}=False: XNNPACK slices tensors of fixed sizes alone")
-        graph: Any = folded(_program(network, example, settings).module())
+        graph: Any = folded(_program(network, example, settings, "unshifted").module())
         if settings.precision == "int8":
             assert settings.calibration is not None
             graph = quantised(graph, _quantizer(), settings.calibration, len(example))
@@ -248,6 +248,14 @@ def _layer_norm(
     return x if bias is None else x + bias
 
 
+def _rms_norm(
+    filled: Filled, x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    x = x * torch.rsqrt(_mean(filled, x * x, list(range(-len(shape), 0)), True) + eps)
+    return x if weight is None else x * weight
+
+
 def _attention(
     filled: Filled,
     q: Tensor,
@@ -353,6 +361,7 @@ SPELLINGS: dict[Any, Callable[..., Any]] = {
     aten.matmul.default: _matmul,
     aten.mean.default: _mean,
     aten.mean.dim: _mean,
+    aten.rms_norm.default: _rms_norm,
     aten.scaled_dot_product_attention.default: _attention,
     aten.select.int: _select,
     aten.split.Tensor: _split,

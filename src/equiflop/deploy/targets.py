@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import tempfile
 import warnings
 import zipfile
@@ -100,7 +101,7 @@ class Onnx(Target):
         model = program.model_proto
         if settings.precision == "int8":
             model = _quantised(model, settings)
-        del model.metadata_props[:]
+        forget_sources(model)
         for key, value in settings.metadata.items():
             model.metadata_props.add(key=key, value=value)
         model.producer_name, model.producer_version = "equiflop", settings.metadata.get("version", "")
@@ -151,15 +152,18 @@ class OpenVino(Target):
         import openvino
 
         with tempfile.TemporaryDirectory() as folder:
-            onnx_file = Path(folder) / "network.onnx"
+            onnx_file, made = Path(folder) / "network.onnx", Path(folder) / path.name
             _onnx_program(network, example, settings, form="stacked").save(str(onnx_file))
             model = openvino.convert_model(str(onnx_file))
             if settings.precision == "int8":
                 model = _quantised_by_nncf(model, settings)
-        for key, value in settings.metadata.items():
-            model.set_rt_info(value, ["equiflop", key])
-        _note_for_model_api(model, settings.metadata)
-        openvino.save_model(model, str(path), compress_to_fp16=settings.precision == "float16")
+            for key, value in settings.metadata.items():
+                model.set_rt_info(value, ["equiflop", key])
+            _note_for_model_api(model, settings.metadata)
+            openvino.save_model(model, str(made), compress_to_fp16=settings.precision == "float16")
+            del model  # it maps the first file
+            for file in (made, made.with_suffix(".bin")):  # copied, since OpenVINO does not say that a disk is full
+                shutil.copyfile(file, path.with_name(file.name))
 
     def load(self, path: Path, precision: str, threads: int | None = None) -> Runner:
         compiled = self._compiled(path, precision, threads)
@@ -203,8 +207,9 @@ class TorchExport(Target):
     suffix = ".pt2"
 
     def write(self, network: nn.Module, example: torch.Tensor, path: Path, settings: Settings) -> None:
-        program = _program_in_int8(network, example, settings)
-        torch.export.save(program, str(path), extra_files={"equiflop.json": json.dumps(settings.metadata)})
+        program, whole = _program_in_int8(network, example, settings), io.BytesIO()
+        torch.export.save(program, whole, extra_files={"equiflop.json": json.dumps(settings.metadata)})
+        path.write_bytes(whole.getbuffer())  # torch's own writer ends the process where the disk is full
 
     def load(self, path: Path, precision: str, threads: int | None = None) -> Runner:
         return _torch_runner(self._program(path, precision).module(), precision)
@@ -242,7 +247,10 @@ class Aoti(Target):
         options: dict[str, Any] = {"aot_inductor.metadata": settings.metadata}
         if settings.precision == "int8":
             options["freezing"] = True  # with constant weights it knows products of integers
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+        with tempfile.TemporaryDirectory() as folder:  # copied for the same reason as in TorchExport
+            made = Path(folder) / path.name
+            torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=options)
+            shutil.copyfile(made, path)
 
     def load(self, path: Path, precision: str, threads: int | None = None) -> Runner:
         import torch._inductor
@@ -318,21 +326,21 @@ def _dynamic_shapes(settings: Settings) -> Any:
     return (axes,) if axes else None
 
 
-def _program(network: nn.Module, example: torch.Tensor, settings: Settings) -> Any:
+def _program(network: nn.Module, example: torch.Tensor, settings: Settings, form: Form = "joined") -> Any:
     if settings.precision in ("bfloat16", "float16"):
         dtype = getattr(torch, settings.precision)
         network, example = network.to(dtype), example.to(dtype)
-    with torch.no_grad(), for_runtimes():
+    with torch.no_grad(), for_runtimes(form):
         return torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes(settings))
 
 
 def _program_in_int8(network: nn.Module, example: torch.Tensor, settings: Settings) -> Any:
-    program = _program(network, example, settings)
     if settings.precision != "int8":
-        return program
+        return _program(network, example, settings)
     from equiflop.deploy.pt2e import quantised_program
 
     assert settings.calibration is not None
+    program = _program(network, example, settings, "unshifted")
     return quantised_program(program, example, settings.calibration, _dynamic_shapes(settings))
 
 
@@ -352,6 +360,14 @@ def _onnx_program(
         )
     assert program is not None
     return program
+
+
+def forget_sources(model: Any) -> None:
+    """Remove what the exporter notes in an ONNX model: from which line of which file every node came."""
+    graph = model.graph
+    for part in (model, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def _batches(images: np.ndarray, size: int) -> list[np.ndarray]:
