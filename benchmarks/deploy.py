@@ -1,24 +1,33 @@
 """How fast exported networks run beside their plain twins, in every runtime and precision, by ``equiflop.deploy``.
 
     python benchmarks/deploy.py --output benchmarks/deploy.json
+    python benchmarks/deploy.py --only executorch:float32,executorch:int8 --output benchmarks/deploy.json
 
 Both files of a pair take turns in one process; a ratio is the median over turns of the ratio within a turn. Weights are
 random and the images for the ranges of int8 the ones of ``--data``: neither changes what a runtime computes per second.
-The table is printed; the results say which processor and versions they were measured with.
+Memory is what a fresh process that holds nothing but the runtime grows by, at its peak, while it loads a file and runs
+one image three times. The table is printed; the results say which processor and versions they were measured with.
+Entries of the file that are not measured anew stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from equiflop.benchmark.machine import describe_machine
-from equiflop.deploy import TARGETS, export
+from equiflop.deploy import TARGETS, export, read_notes
+from equiflop.deploy.proof import beside_plain, sample_images
+from equiflop.deploy.subject import Subject
 from equiflop.files import write_text
+from equiflop.models.entry_points import plain_twin
 
 MODELS = ("flop_deit3_base_patch16_224", "octic_deit3_base_patch16_224")
 RUNTIMES = (
@@ -28,26 +37,108 @@ RUNTIMES = (
     ("openvino", "int8"),
     ("onnx", "int8"),
 )
+PACKAGES = ("onnx", "onnxruntime", "openvino", "nncf", "torchao", "executorch")
+
+#: How a process that has the runtime alone loads a file and runs images of a shape; memory is read in between.
+PROGRAMS = {
+    "onnx": """
+import onnxruntime
+mark()
+session = onnxruntime.InferenceSession(path)
+kind = {"tensor(float)": "float32", "tensor(float16)": "float16"}[session.get_inputs()[0].type]
+run = lambda images: session.run(None, {"images": images.astype(kind)})
+""",
+    "openvino": """
+import openvino
+mark()
+request = openvino.Core().compile_model(path, "CPU", {"PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+run = lambda images: request.infer({0: images})
+""",
+    "executorch": """
+import torch
+from executorch.runtime import Runtime
+mark()
+program = Runtime.get().load_program(path)
+forward = program.load_method("forward")
+run = lambda images: forward.execute([torch.from_numpy(images)])
+""",
+    "torch": """
+import torch, torchao.quantization.pt2e, torch._inductor
+mark()
+kind = getattr(torch, precision, None) if precision != "int8" else torch.float32
+network = torch._inductor.aoti_load_package(path) if to == "aoti" else torch.export.load(path).module()
+run = lambda images: network(torch.from_numpy(images).to(kind))
+""",
+}
+FRAME = """
+import sys
+import numpy as np
+path, to, precision, shape = sys.argv[1], sys.argv[2], sys.argv[3], [int(size) for size in sys.argv[4].split(",")]
+def memory(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+def mark():
+    global before
+    before = memory("VmRSS")
+{program}
+for _ in range(3):
+    run(np.zeros(shape, np.float32))
+print((memory("VmHWM") - before) * 1024)
+"""
+
+
+def memory_of(path: Path, to: str, precision: str, size: tuple[int, ...]) -> int | None:
+    """Bytes by which a process grows that loads a file and runs it; None where the system does not tell."""
+    if not Path("/proc/self/status").exists():
+        return None
+    program = FRAME.replace("{program}", PROGRAMS.get(to, PROGRAMS["torch"]))
+    words = [sys.executable, "-c", program, str(path), to, precision, ",".join(map(str, (1, *size)))]
+    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def measure(name: str, to: str, precision: str, data: str) -> dict[str, Any]:
-    """One network in one runtime."""
+    """One network in one runtime, beside its plain twin."""
+    target = TARGETS[to]
+    options: dict[str, Any] = {"data": data} if precision == "int8" else {}
+    any_batch = to != "executorch"
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"net{TARGETS[to].suffix}"
-        options: dict[str, Any] = {"data": data} if precision == "int8" else {}
-        made = export(name, path, to, precision, dynamic_batch=True, compare=True, images=16, **options)
-        return {"model": name, "to": to, "precision": precision, **made.proof.as_dict()}
+        own, plain = (
+            export(
+                model,
+                Path(folder) / f"{which}{target.suffix}",
+                to,
+                precision,
+                dynamic_batch=any_batch,
+                images=16,
+                **options,
+            )
+            for which, model in (("own", name), ("plain", plain_twin(name)[0]))
+        )
+        subject = Subject.of(name)
+        images = sample_images(subject, options.get("data"), 16).images
+        runners = [target.load(made.path, precision) for made in (own, plain)]
+        speed, other, ratios = beside_plain(*runners, images, None if any_batch else 1)
+        proof = dataclasses.replace(own.proof, speed=speed, plain=other, speedup=ratios)
+        both = {"own": own, "plain": plain}
+        entry = {"model": name, "to": to, "precision": precision, **proof.as_dict()}
+        entry["plain_bytes"], entry["plain_share"] = plain.proof.size, plain.proof.share
+        entry["memory"] = {key: memory_of(made.path, to, precision, subject.input_size) for key, made in both.items()}
+        if to == "executorch":
+            entry["delegated"] = {key: read_notes(made.path, "equiflop_delegated") for key, made in both.items()}
+        return entry
 
 
 def row(entry: dict[str, Any]) -> str:
     """One line of the table."""
     cells = [f"`{entry['model']}`", entry["to"], entry["precision"]]
     for batch in ("8", "1"):
-        ratio = entry["speedup"][batch]
-        cells.append(f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})")
+        ratio = entry["speedup"].get(batch)
+        cells.append(f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})" if ratio else "")
     own, plain = entry["speed"]["own"], entry["speed"]["plain"]
     cells.append(f"{own['images_per_second']:.1f} / {plain['images_per_second']:.1f}")
     cells.append(f"{own['latency_ms']:.1f} / {plain['latency_ms']:.1f}")
+    cells.append(f"{entry['bytes'] / 1e6:.0f} / {entry['plain_bytes'] / 1e6:.0f}")
+    cells.append(" / ".join("" if value is None else f"{value / 1e6:.0f}" for value in entry["memory"].values()))
+    cells.append(f"{100 * entry['share']:.0f} / {100 * entry['plain_share']:.0f}")
     cells.append(f"{entry['equivariance']['max_error']:.0e}")
     return "| " + " | ".join(cells) + " |"
 
@@ -61,19 +152,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     chosen = [tuple(pair.split(":")) for pair in options.only.split(",")] if options.only else RUNTIMES
-    packages = ("onnx", "onnxruntime", "openvino", "nncf")
-    found: dict[str, Any] = {
-        **describe_machine(),
-        "command": "python benchmarks/deploy.py",
-        "runtimes": {name: importlib.metadata.version(name) for name in packages},
-        "entries": [],
-    }
-    print("| network | runtime | precision | ratio, batch 8 | batch 1 | images/s, E / plain | ms, E / plain | error |")
-    print("| --- | --- | --- |" + " ---: |" * 5)
+    command = " ".join(["python benchmarks/deploy.py", *sys.argv[1:]])
+    machine = describe_machine()
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found: dict[str, Any] = {**machine, "command": command, "runtimes": versions, "entries": []}
+    if options.output is not None and options.output.exists():
+        found = json.loads(options.output.read_text())
+    print(
+        "| network | runtime | precision | ratio, batch 8 | batch 1 | images/s, E / plain | ms | MB | memory, MB |",
+        end="",
+    )
+    print(" share, % | error |")
+    print("| --- | --- | --- |" + " ---: |" * 8)
     for name in options.models:
         for to, precision in chosen:
             entry = measure(name, to, precision, options.data)
-            found["entries"].append(entry)
+            entry |= {"command": command, "hardware": machine["hardware"], "runtimes": versions}
+            same = ("model", "to", "precision")
+            found["entries"] = [old for old in found["entries"] if any(old[key] != entry[key] for key in same)] + [
+                entry
+            ]
             print(row(entry), flush=True)
             if options.output is not None:
                 write_text(options.output, json.dumps(found, indent=1))

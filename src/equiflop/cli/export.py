@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="MODEL_OR_RUN")
 @click.option(
     "--to",
-    type=click.Choice(["onnx", "openvino", "torch-export", "aoti"]),
+    type=click.Choice(["onnx", "openvino", "torch-export", "aoti", "executorch"]),
     default="onnx",
     show_default=True,
-    help="The runtime: ONNX Runtime, OpenVINO, torch.export, or AOTInductor.",
+    help="The runtime: ONNX Runtime, OpenVINO, torch.export, AOTInductor, or ExecuTorch.",
 )
 @click.option(
     "--precision",
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of weights and products; int8 needs --data.",
 )
-@click.option("-o", "--output", type=click.Path(), required=True, help="The file, ending in .onnx, .xml or .pt2.")
+@click.option("-o", "--output", type=click.Path(), required=True, help="The file, ending in .onnx, .xml, .pt2 or .pte.")
 @click.option("--img-size", type=ImageSize(), help="Image size, such as 224 or 256x192. Default: the model's own.")
 @click.option("--data", help="Data set: its test images are compared, training images give int8 its ranges.")
 @click.option("--dynamic-batch", is_flag=True, help="Take batches of any size.")

@@ -74,8 +74,8 @@ def export(
     Args:
         model: a network, the name of one (of ours, of timm, or ``twin:NAME``; random weights), or what ``equiflop
             train`` wrote.
-        path: the file to write; the suffix is the target's (``.onnx``, ``.xml``, ``.pt2``).
-        to: ``"onnx"``, ``"openvino"``, ``"torch-export"`` or ``"aoti"``.
+        path: the file to write; the suffix is the target's (``.onnx``, ``.xml``, ``.pt2``, ``.pte``).
+        to: ``"onnx"``, ``"openvino"``, ``"torch-export"``, ``"aoti"`` or ``"executorch"``.
         precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``, as far as the target knows it.
         settings: for a name, keywords of the model.
         img_size: height and width of the images, in place of the model's own.

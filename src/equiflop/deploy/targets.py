@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import logging
+import re
 import shutil
 import tempfile
 import warnings
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,12 +58,14 @@ class Target(ABC):
     Attributes:
         precisions: those that it knows.
         packages: what has to be installed, as modules.
+        packages_of_int8: what int8 needs besides.
         extra: the extra of equiflop that brings them, or an empty string.
         suffix: of its files.
     """
 
     precisions: tuple[str, ...]
     packages: tuple[str, ...] = ()
+    packages_of_int8: tuple[str, ...] = ()
     extra: str = ""
     suffix: str
 
@@ -140,6 +144,7 @@ class OpenVino(Target):
 
     precisions = ("float32", "bfloat16", "float16", "int8")
     packages = ("openvino", "onnx", "onnxscript")
+    packages_of_int8 = ("nncf",)
     extra = "openvino"
     suffix = ".xml"
 
@@ -196,30 +201,52 @@ class OpenVino(Target):
 class TorchExport(Target):
     """Programs of ``torch.export``."""
 
-    precisions = ("float32", "bfloat16", "float16")
+    precisions = ("float32", "bfloat16", "float16", "int8")
+    packages_of_int8 = ("torchao",)
+    extra = "torchao"
     suffix = ".pt2"
 
     def write(self, network: nn.Module, example: torch.Tensor, path: Path, settings: Settings) -> None:
-        program, whole = _program(network, example, settings), io.BytesIO()
+        program, whole = _program_in_int8(network, example, settings), io.BytesIO()
         torch.export.save(program, whole, extra_files={"equiflop.json": json.dumps(settings.metadata)})
         path.write_bytes(whole.getbuffer())  # torch's own writer ends the process where the disk is full
 
     def load(self, path: Path, precision: str, threads: int | None = None) -> Runner:
-        network = torch.export.load(str(path)).module()
-        return _torch_runner(network, precision)
+        return _torch_runner(self._program(path, precision).module(), precision)
+
+    def share(self, path: Path, precision: str) -> float | None:
+        """For int8, what the program says: a compiler multiplies integers, plain PyTorch what they stand for."""
+        if precision != "int8":
+            return super().share(path, precision)
+        from equiflop.deploy.pt2e import share_of
+
+        return share_of(self._program(path, precision))
+
+    def _program(self, path: Path, precision: str) -> Any:
+        if precision == "int8":
+            import torchao.quantization.pt2e  # noqa: F401  (brings the operators)
+        return torch.export.load(str(path))
+
+
+#: Calls of products in what Inductor writes.
+AOTI_PRODUCTS = r"aoti_torch_cpu_+(?:qlinear|qconv|addmm|mm|bmm|mkldnn|linear|convolution|scaled_dot_product)\w*\("
 
 
 class Aoti(Target):
     """Packages compiled ahead of time by Inductor (AOTInductor), for processors like this one."""
 
-    precisions = ("float32", "bfloat16")
+    precisions = ("float32", "bfloat16", "int8")
+    packages_of_int8 = ("torchao",)
+    extra = "torchao"
     suffix = ".pt2"
 
     def write(self, network: nn.Module, example: torch.Tensor, path: Path, settings: Settings) -> None:
         import torch._inductor
 
-        program = _program(network, example, settings)
-        options = {"aot_inductor.metadata": settings.metadata}
+        program = _program_in_int8(network, example, settings)
+        options: dict[str, Any] = {"aot_inductor.metadata": settings.metadata}
+        if settings.precision == "int8":
+            options["freezing"] = True  # with constant weights it knows products of integers
         with tempfile.TemporaryDirectory() as folder:  # copied for the same reason as in TorchExport
             made = Path(folder) / path.name
             torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=options)
@@ -229,6 +256,15 @@ class Aoti(Target):
         import torch._inductor
 
         return _torch_runner(torch._inductor.aoti_load_package(str(path)), precision)
+
+    def share(self, path: Path, precision: str) -> float | None:
+        """For int8, from the calls in the package's own code."""
+        if precision != "int8":
+            return super().share(path, precision)
+        with zipfile.ZipFile(path) as package:
+            codes = [package.read(name).decode() for name in package.namelist() if name.endswith(".cpp")]
+        calls = re.findall(AOTI_PRODUCTS, "".join(codes))
+        return sum("__q" in call for call in calls) / max(len(calls), 1)
 
 
 #: The targets by name.
@@ -265,14 +301,14 @@ def target_of(name: str, precision: str) -> Target:
     target = TARGETS[name]
     if precision not in target.precisions:
         raise ValueError(f"precision={precision!r} is not one of {name}'s; choose from {', '.join(target.precisions)}")
-    needed = (*target.packages, *(("nncf",) if (name, precision) == ("openvino", "int8") else ()))
+    needed = (*target.packages, *(target.packages_of_int8 if precision == "int8" else ()))
     for package in needed:
         check_installed(package, target.extra, f"to={name!r}")
     return target
 
 
 def _torch_runner(network: Any, precision: str) -> Runner:
-    dtype = getattr(torch, precision)
+    dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
 
     def run(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -290,12 +326,22 @@ def _dynamic_shapes(settings: Settings) -> Any:
     return (axes,) if axes else None
 
 
-def _program(network: nn.Module, example: torch.Tensor, settings: Settings) -> Any:
+def _program(network: nn.Module, example: torch.Tensor, settings: Settings, form: Form = "joined") -> Any:
     if settings.precision in ("bfloat16", "float16"):
         dtype = getattr(torch, settings.precision)
         network, example = network.to(dtype), example.to(dtype)
-    with torch.no_grad(), for_runtimes():
+    with torch.no_grad(), for_runtimes(form):
         return torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes(settings))
+
+
+def _program_in_int8(network: nn.Module, example: torch.Tensor, settings: Settings) -> Any:
+    if settings.precision != "int8":
+        return _program(network, example, settings)
+    from equiflop.deploy.pt2e import quantised_program
+
+    assert settings.calibration is not None
+    program = _program(network, example, settings, "unshifted")
+    return quantised_program(program, example, settings.calibration, _dynamic_shapes(settings))
 
 
 def _onnx_program(

@@ -16,7 +16,7 @@ _forced = os.environ.get("EQUIFLOP_KERNELS", "") == "reference"
 _form: Form | None = None
 
 #: How features are joined in the form made for runtimes: along their last axis, or lanes stacked along a first one.
-Form = Literal["joined", "stacked"]
+Form = Literal["joined", "stacked", "unshifted"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def for_runtimes(form: Form = "joined") -> Iterator[None]:
     """Within this context operations take the form made for runtimes, which is meant to be traced by an export.
 
     Args:
-        form: ``"joined"``, for every runtime, or ``"stacked"``, for those that join tensors along their first axis
-            without copying.
+        form: ``"joined"``, for every runtime; ``"stacked"``, for those that join tensors along their first axis
+            without copying; or ``"unshifted"``, joined, with norms that subtract nothing from centred rows. They are
+            equivariant even where weights in int8 have left the rows not quite centred.
     """
     global _form
     before, _form = _form, form

@@ -51,11 +51,14 @@ def products(rows: Sequence[Tensor], layout: Layout, maps: schur.Maps) -> list[T
 
 
 def norm(x: Tensor, layout: Layout, parts: norms.Norm) -> Tensor:
-    """The norm of a whole feature as a plain layer norm: of centred rows the mean is 0."""
+    """The norm of a whole feature as a plain layer norm: of centred rows the mean is 0. Or as a division by length."""
     if not parts.centred:
         x = _centred(x, layout)
     weight = None if parts.weight is None else per_channel(parts.weight, layout)
     bias = None if parts.bias is None else F.pad(parts.bias, (0, layout.dim - len(parts.bias)))
+    if is_made_for_runtimes("unshifted"):
+        x = F.rms_norm(x, (layout.dim,), weight, parts.eps)
+        return x if bias is None else x + bias
     return F.layer_norm(x, (layout.dim,), weight, bias, parts.eps)
 
 
