@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,14 +19,13 @@ from equiflop.deploy import Exported, ExportError, export, proof, read_notes
 from equiflop.deploy.targets import TARGETS, Settings, _program
 from equiflop.models import PoseEstimator
 from oracles import relative_error, scramble
-from small_models import ALL, KEYWORDS, small_model
+from small_models import ALL, KEYWORDS, OCTIC, VIT, small_model
 
 pytest.importorskip("executorch")
 from equiflop.deploy.executorch import SPELLINGS, Spelled, folded
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
-VIT = "flop_deit3_small_patch16_224"
 SMALL = {"num_classes": 7, **KEYWORDS[VIT], "depth": 1}
 #: What XNNPACK does not take: tokens that a constant index picks, once in a network.
 LEFT = {"flop_resmlp_12_224": {"aten.index_select.default": 1}}
@@ -45,15 +45,13 @@ def described(model: Any) -> Any:
     return model
 
 
-def mirrored_alike(made: Exported) -> float:
-    """The share of images whose answer is the same to the last bit when they are mirrored.
-
-    In int8 nearly all: where a value lies between two steps, the order of softmax's float sum moves it to either.
-    """
+def changes_when_mirrored(made: Exported) -> np.ndarray:
+    """Of every image the largest change of the output when it is mirrored, over the largest output."""
     runner = TARGETS[made.to].load(made.path, made.precision)
     images = torch.randn(20, 3, 32, 32)
     answers = [proof.run(runner, part.numpy(), made.batch) for part in (images, images.flip(-1))]
-    return float((answers[0] == answers[1]).all(axis=1).mean())
+    changes: np.ndarray = np.abs(answers[0] - answers[1]).max(axis=1) / np.abs(answers[0]).max()
+    return changes
 
 
 @pytest.fixture
@@ -88,7 +86,10 @@ def test_every_family_in_int8(name: str, few_images: None, tmp_path: Path) -> No
     assert floats <= {"flop": 2, "octi": 8}[name[:4]] * len(getattr(model, "blocks", []))
     assert 1e-4 < made.proof.difference < 0.2
     if "hybrid" not in name:
-        assert mirrored_alike(made) > 0.8
+        # E(ViT)'s answers are nearly all the same to the last bit: where a value lies between two steps, the order of
+        # softmax's float sum moves it to either. Sums over the image, and plain blocks, pass that on: some steps of 127.
+        changes = changes_when_mirrored(made)
+        assert changes.max() < 5 / 127 and (changes == 0).mean() >= (0.7 if name in (VIT, OCTIC) else 0.0)
 
 
 def test_what_stands_in_the_file(tmp_path: Path) -> None:
@@ -122,6 +123,7 @@ class Everything(nn.Module):
         self.matrix = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
         self.norm = nn.LayerNorm((4, 6), dtype=torch.float64)
         self.mask = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.randn(6, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:  # 2, 3, 4, 6
         x = self.norm(x)
@@ -135,6 +137,7 @@ class Everything(nn.Module):
         lengths = torch.linalg.vector_norm(x, dim=-2, keepdim=True) + torch.linalg.vector_norm(x, 1, dim=-2).unsqueeze(
             2
         )
+        sums = sums + nn.functional.rms_norm(x, (6,), self.weight, 1e-6)
         cut = (a * b).mean(-1, keepdim=True).squeeze(-1).unsqueeze(-1) + c * d.sum(-1, True) + e.sum((-2, -1), True)
         return attended + causal + sums + lengths + cut + x.select(1, 0).unsqueeze(1).detach().squeeze()[:, None]
 

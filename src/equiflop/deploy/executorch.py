@@ -140,16 +140,25 @@ def _quantizer() -> Any:
     return quantizer
 
 
+#: Operators that make a constant and look only at the kind of a tensor.
+CREATED: dict[Any, float] = {aten.new_ones.default: 1.0, aten.new_zeros.default: 0.0}
+
+
 def folded(graph: Any) -> Any:
     """A graph in which what parameters alone decide is computed, once for all."""
     known: dict[fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
             known[node] = operator.attrgetter(node.target)(graph)
-        elif node.op == "call_function" and _is_fixed(node) and all(n in known for n in node.all_input_nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)
+        elif node.target in CREATED or (_is_fixed(node) and all(n in known for n in node.all_input_nodes)):
+            if node.target in CREATED:
+                known[node] = torch.full(
+                    tuple(node.meta["val"].shape), CREATED[node.target], dtype=node.meta["val"].dtype
+                )
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+                with torch.no_grad():
+                    known[node] = node.target(*args, **kwargs)
             if isinstance(known[node], Tensor) and any(user not in known for user in node.users):
                 name = f"folded_{node.name}"
                 graph.register_buffer(name, known[node].contiguous())
@@ -164,7 +173,8 @@ def folded(graph: Any) -> Any:
 
 
 def _is_fixed(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded not in tags
 
 
 class Spelled(nn.Module):

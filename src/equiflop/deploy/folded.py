@@ -164,14 +164,16 @@ class FoldedDownsample(nn.Module):
 
 
 class FoldedConvNeXtBlock(EquivariantConvNeXtBlock):
-    """A block on four axes, its depthwise kernels one constant, its output channels put in order by one operator."""
+    """A block on four axes, its depthwise kernels one constant, its output channels put in order part by part."""
 
     kernel: Tensor
     kernel_bias: Tensor | None
-    order: Tensor
+    part: int
+    order: list[int]
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.conv2d(x, self.kernel, self.kernel_bias, padding=self.kernel.shape[-1] // 2, groups=len(self.kernel))
-        y = y.permute(0, 2, 3, 1).index_select(-1, self.order)
+        parts = y.permute(0, 2, 3, 1).split(self.part, dim=-1)
+        y = torch.cat([parts[i] for i in self.order], dim=-1)
         branch = Branch(self.norm, self.mlp, self.ls, self.drop_path)
         return x + residual_branches(y, self._layout, branch, residual=False).permute(0, 3, 1, 2)

@@ -223,7 +223,6 @@ def _fold_convnext_block(block: Any) -> None:
     depthwise: DepthwiseConv = block.conv_dw
     block.register_buffer("kernel", depthwise.kernel())
     block.register_buffer("kernel_bias", depthwise.bias_of_outputs())
-    channels = torch.arange(depthwise.rep.dim, device=block.kernel.device)
-    block.register_buffer("order", torch.cat(depthwise.ordered(channels)))
+    block.part, block.order = depthwise.part, depthwise.order()
     become(block, FoldedConvNeXtBlock)
     del block.conv_dw

@@ -247,7 +247,7 @@ class Aoti(Target):
         options: dict[str, Any] = {"aot_inductor.metadata": settings.metadata}
         if settings.precision == "int8":
             options["freezing"] = True  # with constant weights it knows products of integers
-        with tempfile.TemporaryDirectory() as folder:  # copied for the same reason as in TorchExport
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():  # copied for the same reason as in TorchExport
             made = Path(folder) / path.name
             torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=options)
             shutil.copyfile(made, path)

@@ -128,17 +128,17 @@ class DepthwiseConv(FixedTensors):
         parts = len(self.products)  # input part 0 of every irrep becomes the trivial irrep of the output
         return F.pad(self.bias.view(parts, 1, self.part), (0, 0, 0, parts - 1)).flatten()
 
-    def ordered(self, channels: Tensor) -> list[Tensor]:
-        """Channels ``(..., rep.dim)`` in the order of the input, cut into parts in the order of the output."""
+    def order(self) -> list[int]:
+        """Which parts of the channels, as they come from the convolution, make up the output."""
         parts = len(self.products)
-        pieces = channels.split(self.part, dim=-1)
-        return [pieces[source * parts + target] for target in range(parts) for source in range(parts)]
+        return [source * parts + target for target in range(parts) for source in range(parts)]
 
     def forward(self, x: Tensor) -> Tensor:
         padding, bias = self.kernel_size // 2, self.bias_of_outputs()
         y = F.conv2d(x, self.kernel(), bias, padding=padding, groups=self.rep.dim)
         # Slices joined rather than an axis transposed, and three axes rather than four: compilers vectorise that.
-        joined = torch.cat(self.ordered(y.permute(0, 2, 3, 1).flatten(1, 2)), dim=-1)
+        pieces = y.permute(0, 2, 3, 1).flatten(1, 2).split(self.part, dim=-1)
+        joined = torch.cat([pieces[i] for i in self.order()], dim=-1)
         return joined.unflatten(1, y.shape[-2:]).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
