@@ -87,7 +87,7 @@ def test_every_family_in_int8(name: str, few_images: None, tmp_path: Path) -> No
     assert 1e-4 < made.proof.difference < 0.2
     if "hybrid" not in name:
         # E(ViT)'s answers are nearly all the same to the last bit: where a value lies between two steps, the order of
-        # softmax's float sum moves it to either. Sums over the image, and plain blocks, pass that on: some steps of 127.
+        # softmax's float sum moves it to either. Sums over the image and plain blocks pass that on: a few steps of 127.
         changes = changes_when_mirrored(made)
         assert changes.max() < 5 / 127 and (changes == 0).mean() >= (0.7 if name in (VIT, OCTIC) else 0.0)
 

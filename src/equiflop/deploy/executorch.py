@@ -29,6 +29,15 @@ aten = torch.ops.aten
 ABOUT, DELEGATED = "equiflop", "equiflop_delegated"
 #: Products, as they are called in lowered graphs.
 PRODUCTS = ("aten.linear", "aten.addmm", "aten.mm", "aten.bmm", "aten.convolution")
+#: Operators that read nothing of their first argument but its shape and type.
+OF_A_SHAPE = (
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.new_full.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.full_like.default,
+)
 #: Constants of one value alone; a product with such a row is a sum, and does not count as a product.
 FILLED = "filled"
 
@@ -140,41 +149,34 @@ def _quantizer() -> Any:
     return quantizer
 
 
-#: Operators that make a constant and look only at the kind of a tensor.
-CREATED: dict[Any, float] = {aten.new_ones.default: 1.0, aten.new_zeros.default: 0.0}
-
-
 def folded(graph: Any) -> Any:
     """A graph in which what parameters alone decide is computed, once for all."""
     known: dict[fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
             known[node] = operator.attrgetter(node.target)(graph)
-        elif node.target in CREATED or (_is_fixed(node) and all(n in known for n in node.all_input_nodes)):
-            if node.target in CREATED:
-                known[node] = torch.full(
-                    tuple(node.meta["val"].shape), CREATED[node.target], dtype=node.meta["val"].dtype
-                )
-            else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-                with torch.no_grad():
-                    known[node] = node.target(*args, **kwargs)
-            if isinstance(known[node], Tensor) and any(user not in known for user in node.users):
-                name = f"folded_{node.name}"
-                graph.register_buffer(name, known[node].contiguous())
-                with graph.graph.inserting_before(node):
-                    constant = graph.graph.get_attr(name)
-                constant.meta["val"] = node.meta["val"]
-                node.replace_all_uses_with(constant)
-                known[constant] = known[node]
+        elif node.target in OF_A_SHAPE:
+            like = node.args[0].meta["val"]
+            known[node] = node.target(torch.empty(tuple(like.shape), dtype=like.dtype), *node.args[1:], **node.kwargs)
+        elif node.op == "call_function" and _is_fixed(node) and all(n in known for n in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+        if node.op == "call_function" and isinstance(known.get(node), Tensor):
+            name = f"folded_{node.name}"
+            graph.register_buffer(name, known[node].contiguous())
+            with graph.graph.inserting_before(node):
+                constant = graph.graph.get_attr(name)
+            constant.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(constant)
+            known[constant] = known[node]
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
 
 
 def _is_fixed(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and torch.Tag.nondeterministic_seeded not in tags
+    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
 
 
 class Spelled(nn.Module):

@@ -29,7 +29,7 @@ def branches(x: Tensor, layout: Layout, parts: Sequence[branch.Parts]) -> Tensor
 def _mlp(x: Tensor, layout: Layout, mlp: branch.Mlp) -> Tensor:
     hidden = mlp.hidden
     assert hidden.plan is not None
-    values = hidden.plan.synthesise(_to_lanes(x, layout, mlp.fc1, hidden))
+    values = hidden.plan.synthesise(_to_lanes(x, layout, mlp.fc1))
     if mlp.bias1 is not None:
         values = [value + bias for value, bias in zip(values, mlp.bias1, strict=True)]
     stack = torch.cat(hidden.plan.analyse([mlp.act(value) for value in values]))
@@ -85,12 +85,11 @@ def _bundles(layout: Layout) -> list[tuple[int, ...]] | None:
 def _bundled(maps: schur.Maps, bundle: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a bundle's product, irrep by irrep."""
     weights, biases = zip(*(maps[i] for i in bundle), strict=True)
-    if len(bundle) == 1:
-        return weights[0], biases[0]
-    if any(bias is not None for bias in biases):
-        pairs = zip(biases, weights, strict=True)
-        bias = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for bias, weight in pairs])
-    return torch.block_diag(*weights), bias if any(b is not None for b in biases) else None
+    bias = biases[0]
+    if len(bundle) > 1 and any(b is not None for b in biases):
+        pairs = zip(weights, biases, strict=True)
+        bias = torch.cat([weight.new_zeros(len(weight)) if b is None else b for weight, b in pairs])
+    return torch.block_diag(*weights) if len(bundle) > 1 else weights[0], bias
 
 
 def _by_head(values: Tensor, axis: int, irreps: int, sections: int, heads: int) -> Tensor:
@@ -102,7 +101,7 @@ def _by_head(values: Tensor, axis: int, irreps: int, sections: int, heads: int) 
 def _regular(x: Tensor, layout: Layout, attention: branch.Attention) -> Tensor:
     """Lanes with heads of their own."""
     assert layout.plan is not None
-    values = layout.plan.synthesise(_to_lanes(x, layout, attention.qkv, layout, sections=3))
+    values = layout.plan.synthesise(_to_lanes(x, layout, attention.qkv, sections=3))
     per_copy = attention.num_heads // layout.order
     qkv = torch.cat(values).unflatten(-1, (3, per_copy, -1)).permute(3, 1, 0, 4, 2, 5).flatten(2, 3)
     y = _attend(qkv, attention).unflatten(1, (layout.order, -1)).permute(1, 0, 3, 2, 4).flatten(-2)
@@ -114,7 +113,7 @@ def _attend(qkv: Tensor, attention: branch.Attention) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attention.attn_mask, is_causal=attention.is_causal)
 
 
-def _to_lanes(x: Tensor, layout: Layout, maps: schur.Maps, out_layout: Layout, sections: int = 1) -> list[Tensor]:
+def _to_lanes(x: Tensor, layout: Layout, maps: schur.Maps, sections: int = 1) -> list[Tensor]:
     """The Schur linear map to lanes ``(1, ..., sections * copies)``."""
     sizes = [span.multiplicity for span in layout.spans for _ in range(span.dim)]
     rows = iter(x.unsqueeze(0).split(sizes, dim=-1))
