@@ -19,6 +19,7 @@ from torch import nn
 import equiflop
 from equiflop.data import Preprocessing, open_data
 from equiflop.deploy import Exported, ExportError, export, proof
+from equiflop.deploy.subject import Subject
 from equiflop.deploy.targets import TARGETS, Target
 from equiflop.models import PoseEstimator, Segmenter
 from equiflop.training import ModelSpec
@@ -170,8 +171,13 @@ def test_int8_mirrors(to: str, group: str, photos: str, tmp_path: Path, capsys: 
         made = export(model, path, to, "int8", data=photos, dynamic_batch=True)
     assert capsys.readouterr().out == ""  # quantisers show their progress on standard output
     assert made.proof.share is not None and made.proof.share > 0.9
-    # the same but for values that lie between two steps, which the order of a float sum moves to one or the other
-    assert made.proof.equivariance is not None and made.proof.equivariance.max_error < 3e-2
+    # To the last bit, but for values that lie between two steps, which the order of softmax's float sum moves to one or
+    # the other, and in ONNX Runtime for those beyond the range that was found: it counts to -128, but to 127.
+    images = proof.sample_images(Subject.of(model), photos, 21).images
+    runner = TARGETS[to].load(path, "int8")
+    mirrored = runner(np.ascontiguousarray(images[..., ::-1]))
+    changes = np.abs(runner(images) - mirrored).max(axis=1) / np.abs(mirrored).max()
+    assert (changes < 1e-6).mean() > 0.8 and changes.max() < 3e-2
     assert made.proof.source == "test images of photos" and made.proof.images == 21
     assert made.proof.agreement is not None and made.proof.agreement > 0.7
     assert 1e-4 < made.proof.difference < 0.2

@@ -30,8 +30,9 @@ def same_function(model: Any, images: Tensor) -> nn.Module:
         expected = model(images)
         made = prepared(model)
         for form in get_args(kernels.Form):
-            with kernels.for_runtimes(form):
-                assert relative_error(made(images), expected) < 1e-11
+            for subtract_means in (True, False):
+                with kernels.for_runtimes(form, subtract_means):
+                    assert relative_error(made(images), expected) < 1e-11
         assert relative_error(made(images), expected) < 1e-11  # the folding by itself
         assert torch.equal(model(images), expected)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

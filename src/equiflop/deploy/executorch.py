@@ -57,7 +57,7 @@ class ExecuTorch(Target):
         for name in ("dynamic_batch", "dynamic_size"):
             if getattr(settings, name):
                 raise ValueError(f"to='executorch' needs {name}=False: XNNPACK slices tensors of fixed sizes alone")
-        graph: Any = folded(_program(network, example, settings, "unshifted").module())
+        graph: Any = folded(_program(network, example, settings, subtract_means=False).module())
         if settings.precision == "int8":
             assert settings.calibration is not None
             graph = quantised(graph, _quantizer(), settings.calibration, len(example))

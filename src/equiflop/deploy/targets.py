@@ -326,11 +326,11 @@ def _dynamic_shapes(settings: Settings) -> Any:
     return (axes,) if axes else None
 
 
-def _program(network: nn.Module, example: torch.Tensor, settings: Settings, form: Form = "joined") -> Any:
+def _program(network: nn.Module, example: torch.Tensor, settings: Settings, subtract_means: bool = True) -> Any:
     if settings.precision in ("bfloat16", "float16"):
         dtype = getattr(torch, settings.precision)
         network, example = network.to(dtype), example.to(dtype)
-    with torch.no_grad(), for_runtimes(form):
+    with torch.no_grad(), for_runtimes(subtract_means=subtract_means):
         return torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes(settings))
 
 
@@ -340,14 +340,14 @@ def _program_in_int8(network: nn.Module, example: torch.Tensor, settings: Settin
     from equiflop.deploy.pt2e import quantised_program
 
     assert settings.calibration is not None
-    program = _program(network, example, settings, "unshifted")
+    program = _program(network, example, settings, subtract_means=False)
     return quantised_program(program, example, settings.calibration, _dynamic_shapes(settings))
 
 
 def _onnx_program(
     network: nn.Module, example: torch.Tensor, settings: Settings, opset: int = OPSET, form: Form = "joined"
 ) -> Any:
-    with torch.no_grad(), for_runtimes(form):
+    with torch.no_grad(), for_runtimes(form, subtract_means=settings.precision != "int8"):
         program = torch.onnx.export(
             network,
             (example,),
@@ -418,13 +418,33 @@ def _quantised_by_nncf(model: Any, settings: Settings) -> Any:
     batch = model.inputs[0].partial_shape[0]
     step = batch.get_length() if batch.is_static else 1
     batches = _batches(settings.calibration, step)
-    return nncf.quantize(
+    model = nncf.quantize(
         model,
         nncf.Dataset(batches),
         preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(batches),
+        # Corrected biases would give sign-flipping channels one; the overflow fix has one more step on one side.
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            disable_bias_correction=True, overflow_fix=nncf.OverflowFix.DISABLE
+        ),
     )
+    _balance(model)
+    return model
+
+
+def _balance(model: Any) -> None:
+    """Leave the step -128 of activations out, so that there are as many below zero as above."""
+    from openvino import opset13 as ops
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "FakeQuantize" or node.get_attributes()["levels"] != 256:
+            continue
+        low, high = (node.input_value(i).get_node().get_data() for i in (1, 2))
+        if not (low < 0).all():
+            continue
+        narrow = ops.fake_quantize(node.input_value(0), -high, high, -high, high, 255, name=node.get_friendly_name())
+        node.output(0).replace(narrow.output(0))
 
 
 def _note_for_model_api(model: Any, metadata: dict[str, str]) -> None:

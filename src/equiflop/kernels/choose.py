@@ -14,9 +14,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _forced = os.environ.get("EQUIFLOP_KERNELS", "") == "reference"
 _form: Form | None = None
+_subtracts_means = True
 
 #: How features are joined in the form made for runtimes: along their last axis, or lanes stacked along a first one.
-Form = Literal["joined", "stacked", "unshifted"]
+Form = Literal["joined", "stacked"]
 
 
 @dataclass(frozen=True)
@@ -62,25 +63,31 @@ def reference() -> Iterator[None]:
 
 
 @contextmanager
-def for_runtimes(form: Form = "joined") -> Iterator[None]:
+def for_runtimes(form: Form = "joined", subtract_means: bool = True) -> Iterator[None]:
     """Within this context operations take the form made for runtimes, which is meant to be traced by an export.
 
     Args:
-        form: ``"joined"``, for every runtime; ``"stacked"``, for those that join tensors along their first axis
-            without copying; or ``"unshifted"``, joined, with norms that subtract nothing from centred rows. They are
-            equivariant even where weights in int8 have left the rows not quite centred.
+        form: ``"joined"``, for every runtime, or ``"stacked"``, for those that join tensors along their first axis
+            without copying.
+        subtract_means: whether norms of centred rows are plain layer norms, which runtimes know best, or divide by the
+            root mean square alone. That is equivariant even where weights in int8 leave rows not quite centred.
     """
-    global _form
-    before, _form = _form, form
+    global _form, _subtracts_means
+    before, (_form, _subtracts_means) = (_form, _subtracts_means), (form, subtract_means)
     try:
         yield
     finally:
-        _form = before
+        _form, _subtracts_means = before
 
 
 def is_made_for_runtimes(form: Form | None = None) -> bool:
     """Whether the form made for runtimes is asked for, or this one."""
     return _form is not None if form is None else _form == form
+
+
+def subtracts_means() -> bool:
+    """Whether norms of centred rows may subtract their mean."""
+    return _subtracts_means
 
 
 def is_traced_for_kernels() -> bool:

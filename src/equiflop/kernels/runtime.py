@@ -16,7 +16,7 @@ from torch import Tensor
 
 from equiflop.kernels import branch, schur
 from equiflop.kernels import norm as norms
-from equiflop.kernels.choose import TABLE, Variant, is_made_for_runtimes
+from equiflop.kernels.choose import TABLE, Variant, is_made_for_runtimes, subtracts_means
 from equiflop.kernels.layout import Layout, per_channel
 from equiflop.kernels.orders import Order
 
@@ -51,12 +51,12 @@ def products(rows: Sequence[Tensor], layout: Layout, maps: schur.Maps) -> list[T
 
 
 def norm(x: Tensor, layout: Layout, parts: norms.Norm) -> Tensor:
-    """The norm of a whole feature as a plain layer norm: of centred rows the mean is 0. Or as a division by length."""
+    """The norm of a whole feature as a plain layer norm, since of centred rows the mean is 0, or without that mean."""
     if not parts.centred:
         x = _centred(x, layout)
     weight = None if parts.weight is None else per_channel(parts.weight, layout)
     bias = None if parts.bias is None else F.pad(parts.bias, (0, layout.dim - len(parts.bias)))
-    if is_made_for_runtimes("unshifted"):
+    if not subtracts_means():
         x = F.rms_norm(x, (layout.dim,), weight, parts.eps)
         return x if bias is None else x + bias
     return F.layer_norm(x, (layout.dim,), weight, bias, parts.eps)
