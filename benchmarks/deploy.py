@@ -1,7 +1,7 @@
 """How fast exported networks run beside their plain twins, in every runtime and precision, by ``equiflop.deploy``.
 
     python benchmarks/deploy.py --output benchmarks/deploy.json
-    python benchmarks/deploy.py --only executorch:float32,executorch:int8 --output benchmarks/deploy.json
+    python benchmarks/deploy.py --only executorch:float32 --output benchmarks/deploy.json
 
 Both files of a pair take turns in one process; a ratio is the median over turns of the ratio within a turn. Weights are
 random and the images for the ranges of int8 the ones of ``--data``: neither changes what a runtime computes per second.
@@ -13,7 +13,6 @@ Entries of the file that are not measured anew stay.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.metadata
 import json
 import subprocess
@@ -96,35 +95,31 @@ def memory_of(path: Path, to: str, precision: str, size: tuple[int, ...]) -> int
 
 
 def measure(name: str, to: str, precision: str, data: str) -> dict[str, Any]:
-    """One network in one runtime, beside its plain twin."""
-    target = TARGETS[to]
+    """One network in one runtime, beside its plain twin, in files for batches of 8 and of 1."""
+    target, subject = TARGETS[to], Subject.of(name)
     options: dict[str, Any] = {"data": data} if precision == "int8" else {}
-    any_batch = to != "executorch"
+    entry: dict[str, Any] = {"model": name, "to": to, "precision": precision}
+    speeds: dict[str, dict[str, float | int | None]] = {"own": {}, "plain": {}}
+    speedup: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        own, plain = (
-            export(
-                model,
-                Path(folder) / f"{which}{target.suffix}",
-                to,
-                precision,
-                dynamic_batch=any_batch,
-                images=16,
-                **options,
+        for batch in (1,) if to == "executorch" else (8, 1):
+            own, plain = (
+                export(model, Path(folder) / f"{which}{target.suffix}", to, precision, batch=batch, images=8, **options)
+                for which, model in (("own", name), ("plain", plain_twin(name)[0]))
             )
-            for which, model in (("own", name), ("plain", plain_twin(name)[0]))
-        )
-        subject = Subject.of(name)
-        images = sample_images(subject, options.get("data"), 16).images
-        runners = [target.load(made.path, precision) for made in (own, plain)]
-        speed, other, ratios = beside_plain(*runners, images, None if any_batch else 1)
-        proof = dataclasses.replace(own.proof, speed=speed, plain=other, speedup=ratios)
+            images = sample_images(subject, options.get("data"), 8).images
+            runners = [target.load(made.path, precision) for made in (own, plain)]
+            *found, ratios = beside_plain(*runners, images, batch)
+            speedup[str(batch)] = vars(ratios[batch])
+            for which, speed in zip(("own", "plain"), found, strict=True):
+                speeds[which][f"images_per_second_{batch}"] = speed.images_per_second
         both = {"own": own, "plain": plain}
-        entry = {"model": name, "to": to, "precision": precision, **proof.as_dict()}
+        entry |= own.proof.as_dict() | {"speed": speeds, "speedup": speedup}
         entry["plain_bytes"], entry["plain_share"] = plain.proof.size, plain.proof.share
         entry["memory"] = {key: memory_of(made.path, to, precision, subject.input_size) for key, made in both.items()}
         if to == "executorch":
             entry["delegated"] = {key: read_notes(made.path, "equiflop_delegated") for key, made in both.items()}
-        return entry
+    return entry
 
 
 def row(entry: dict[str, Any]) -> str:
@@ -134,8 +129,9 @@ def row(entry: dict[str, Any]) -> str:
         ratio = entry["speedup"].get(batch)
         cells.append(f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})" if ratio else "")
     own, plain = entry["speed"]["own"], entry["speed"]["plain"]
-    cells.append(f"{own['images_per_second']:.1f} / {plain['images_per_second']:.1f}")
-    cells.append(f"{own['latency_ms']:.1f} / {plain['latency_ms']:.1f}")
+    for batch in ("8", "1"):
+        pair = [speeds.get(f"images_per_second_{batch}") for speeds in (own, plain)]
+        cells.append(" / ".join("" if value is None else f"{value:.1f}" for value in pair))
     cells.append(f"{entry['bytes'] / 1e6:.0f} / {entry['plain_bytes'] / 1e6:.0f}")
     cells.append(" / ".join("" if value is None else f"{value / 1e6:.0f}" for value in entry["memory"].values()))
     cells.append(f"{100 * entry['share']:.0f} / {100 * entry['plain_share']:.0f}")
@@ -158,11 +154,8 @@ def main() -> None:
     found: dict[str, Any] = {**machine, "command": command, "runtimes": versions, "entries": []}
     if options.output is not None and options.output.exists():
         found = json.loads(options.output.read_text())
-    print(
-        "| network | runtime | precision | ratio, batch 8 | batch 1 | images/s, E / plain | ms | MB | memory, MB |",
-        end="",
-    )
-    print(" share, % | error |")
+    print("| network | runtime | precision | ratio, batch 8 | batch 1 | images/s, batch 8 | batch 1 | MB", end="")
+    print(" | memory, MB | share, % | error |")
     print("| --- | --- | --- |" + " ---: |" * 8)
     for name in options.models:
         for to, precision in chosen:
