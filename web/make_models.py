@@ -92,8 +92,7 @@ def round_what_is_centred(network: Any) -> None:
 
     embed = network.patch_embed
     embed.kernel.copy_(by_irrep(embed.kernel.movedim(0, -1)).movedim(-1, 0))
-    if embed.kernel_bias is not None:
-        embed.kernel_bias.copy_(by_irrep(embed.kernel_bias))
+    embed.kernel_bias.copy_(by_irrep(embed.kernel_bias))
     if network.pos_embed is not None:
         network.pos_embed.field.copy_(by_irrep(network.pos_embed.field))
     for block in network.blocks:
