@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from equiflop.data import ImageData, open_data
 from equiflop.deploy import prepared
 from equiflop.deploy.subject import Subject
-from equiflop.deploy.targets import OPSET, forget_sources, quiet
+from equiflop.deploy.targets import Settings, quiet
+from equiflop.deploy.targets.base import onnx_program
+from equiflop.deploy.targets.onnx import forget_sources
 from equiflop.files import write_atomically, write_text
-from equiflop.kernels import for_runtimes, join, layout_of, split
+from equiflop.kernels import join, layout_of, split
 from equiflop.training import CheckpointError
 from equiflop.training.evaluation import TIE
 
@@ -126,17 +128,9 @@ def onnx_bytes(subject: Subject) -> bytes:
     """The file of a network."""
     network = prepared(subject.model)
     round_what_is_centred(network)
-    with quiet(), torch.no_grad(), for_runtimes():
-        program = torch.onnx.export(
-            WithMap(network),
-            (subject.example(1),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits", "map"],
-            verbose=False,
-        )
-    assert program is not None
+    settings = Settings("float32", dynamic_batch=False, dynamic_size=False, calibration=None, metadata={})
+    with quiet():
+        program = onnx_program(WithMap(network), subject.example(1), settings, outputs=("logits", "map"))
     model = halved(program.model_proto)
     noted = {**subject.metadata("float32"), "weights": "float16", "outputs": json.dumps(["logits", "map"])}
     for key, value in noted.items():

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from equiflop.deploy import Exported, ExportError, export, proof, read_notes
 from equiflop.deploy.subject import Subject
-from equiflop.deploy.targets import TARGETS, Settings, _program
+from equiflop.deploy.targets import TARGETS, Settings
+from equiflop.deploy.targets.base import torch_program
 from equiflop.models import PoseEstimator
 from oracles import relative_error, scramble
 from small_models import ALL, KEYWORDS, VIT, small_model
 
 pytest.importorskip("executorch")
-from equiflop.deploy.executorch import SPELLINGS, Spelled, folded
+from equiflop.deploy.targets.executorch import folded
+from equiflop.deploy.targets.xnnpack_spelling import SPELLINGS, Spelled
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -147,7 +149,7 @@ class Everything(nn.Module):
 def test_the_spelling_computes_the_same() -> None:
     images = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     network = Everything().eval()
-    program = _program(network, images, Settings("float32", False, False, None, {}))
+    program = torch_program(network, images, Settings("float32", False, False, None, {}))
     graph = folded(program.module())
     assert not {torch.ops.aten.sin.default, torch.ops.aten.cumsum.default} & {node.target for node in graph.graph.nodes}
     with torch.no_grad():
@@ -168,8 +170,8 @@ def test_the_spelling_computes_the_same() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dynamic_batch": True}, "to='executorch' needs dynamic_batch=False: XNNPACK slices tensors of fixed sizes"),
-        ({"dynamic_size": True}, "to='executorch' needs dynamic_size=False"),
+        ({"dynamic_batch": True}, "dynamic_batch=True: to='executorch' takes fixed sizes alone"),
+        ({"dynamic_size": True}, "dynamic_size=True: to='executorch' takes fixed sizes alone"),
         ({"precision": "float16"}, "precision='float16' is not one of executorch's; choose from float32, int8"),
         ({"path": "net.pt2"}, r"path='.*net.pt2' must end in .pte"),
     ],

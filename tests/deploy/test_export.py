@@ -144,6 +144,28 @@ def test_half_precision(precision: str, tmp_path: Path) -> None:
     assert made.proof.equivariance is not None and made.proof.equivariance.max_error < 1e-2
 
 
+def test_random_weights_are_worth_a_proof(tmp_path: Path) -> None:
+    """DeiT III's class token of 1e-6 is noise in float16, and its layer scales hide the blocks."""
+    plain = {"num_classes": 7, "depth": 2}
+    made = export("deit3_small_patch16_224", tmp_path / "net.onnx", "onnx", "float16", settings=plain, images=4)
+    assert made.proof.difference < 5e-3
+    block = Subject.of(VIT, SMALL).model.blocks[0]
+    x = torch.randn(1, 5, block.rep.dim)
+    assert (block(x) - x).std() > 0.1
+    assert torch.equal(block.attn.qkv.A.weight, Subject.of(VIT, SMALL).model.blocks[0].attn.qkv.A.weight)
+
+
+def test_weights_of_timm_are_kept(tmp_path: Path) -> None:
+    network = timm.create_model(VIT, **SMALL)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    found = Subject.of(VIT, {**SMALL, "checkpoint_path": str(tmp_path / "weights.pth")})
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), found.model.state_dict().values(), strict=True)
+    )
+    with pytest.raises(ValueError, match="there are no weights of flop_deit3_small_patch16_224 to download"):
+        Subject.of(VIT, {"pretrained": True})
+
+
 def test_accuracy_before_and_after(photos: str, tmp_path: Path) -> None:
     model = small_model(VIT)
     classes = tuple(f"class{label}" for label in range(7))

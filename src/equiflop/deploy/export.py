@@ -101,6 +101,9 @@ def export(
     path = _checked_path(Path(path), target)
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1")
+    for name, asked in (("dynamic_batch", dynamic_batch), ("dynamic_size", dynamic_size)):
+        if asked and not target.dynamic:
+            raise ValueError(f"{name}=True: to={to!r} takes fixed sizes alone")
     if precision == "int8" and data is None:
         raise ValueError("precision='int8' finds its ranges from images; give data, such as the training set")
     plain = _plain_of(subject, settings) if compare else None

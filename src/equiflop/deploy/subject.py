@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import equiflop
-from equiflop.checking import own_input_size
+from equiflop.checking import own_input_size, randomize_parameters
 from equiflop.data import Preprocessing
 from equiflop.image_group import ImageGroup
 from equiflop.training.model_spec import check_model_name, check_takes, create_model, input_keywords
@@ -45,10 +45,13 @@ class Subject:
     ) -> Subject:
         """A network, a model's name (random weights), or what ``equiflop train`` wrote.
 
+        Random weights are such that every part counts. Fresh ones are not: with layer scales and class tokens of 1e-6
+        no block would show in a proof, and float16 would make noise of them.
+
         Args:
             model: the network, a name that timm knows or ``twin:NAME``, or the path of a run's folder, of its weights
                 or of a checkpoint.
-            settings: for a name, keywords of the model.
+            settings: for a name, keywords of the model; ``pretrained`` and ``checkpoint_path`` are timm's.
             img_size: height and width of the images in place of the model's own.
 
         Raises:
@@ -71,7 +74,11 @@ class Subject:
         check_model_name(name)
         if img_size is not None and "img_size" in input_keywords(name, (3, *img_size)):
             keywords.setdefault("img_size", img_size)
-        return cls._with(name, create_model(name, keywords), img_size)
+        pretrained = bool(keywords.pop("pretrained", False))
+        network = create_model(name, keywords, pretrained)
+        if not (pretrained or keywords.get("checkpoint_path")):
+            randomize_parameters(network, torch.Generator().manual_seed(0))
+        return cls._with(name, network, img_size)
 
     @classmethod
     def _with(cls, name: str, network: nn.Module, img_size: tuple[int, int] | None) -> Subject:
