@@ -6,6 +6,7 @@ stands all that is known of devices, dtypes, compilers and bytes; the layers abo
 """
 
 from equiflop.kernels.choose import TABLE, Form, Variant, for_runtimes, reference
+from equiflop.kernels.gpu.branch import without_triton
 from equiflop.kernels.layout import Layout, join, layout_of, split
 from equiflop.kernels.memory import keep_freed_memory
 from equiflop.kernels.orders import Order
@@ -25,6 +26,7 @@ __all__ = [
     "layout_of",
     "reference",
     "split",
+    "without_triton",
 ]
 
 keep_freed_memory()

@@ -193,7 +193,7 @@ def _plus(lanes: list[Tensor], biases: Sequence[Tensor] | None, overwrite: bool)
 def _attention(lanes: Sequence[Tensor], layout: Layout, attention: Attention) -> list[Tensor]:
     assert layout.copies is not None
     q, k, v = _to_heads(schur.on_lanes(lanes, layout, attention.qkv), layout, attention)
-    x = _attend(q, k, v, attention)
+    x = attend(q, k, v, attention)
     # Backward, heads are taken apart once more instead of being kept in both forms, and the product comes along. That
     # costs 2 % of a training step; without it a step holds 5 % more memory, more than the plain one.
     if torch.is_grad_enabled() and x.requires_grad and not torch._C._are_functorch_transforms_active():
@@ -224,7 +224,7 @@ def _to_heads(rows: Sequence[Tensor], layout: Layout, attention: Attention) -> t
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
     kernel = choose("attention", q, k, v, attention)
     if kernel is not None:
         return kernel(q, k, v, attention)

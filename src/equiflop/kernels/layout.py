@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from equiflop.groups import FourierPlan, Rep, fourier_plan
+from equiflop.kernels.lanes import Lanes
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Layout:
         plan: the group Fourier transform by additions, or None where there is none.
         text: the Rep in words, for messages.
         additions: that transform as a matrix, from irreps to the group's basis: entries 0, 1 and -1; empty without one.
+        code: the lanes in numbers (:class:`equiflop.kernels.lanes.Lanes`), for operators; empty where there is no plan,
+            the Rep is no multiple of the regular one, or an irrep is not of real type.
         gains: factor of each irrep's rows in the transform by additions; parameters carry it.
     """
 
@@ -58,6 +61,7 @@ class Layout:
     gains: tuple[float, ...]
     text: str
     additions: tuple[tuple[float, ...], ...] = ()
+    code: tuple[int, ...] = ()
 
     @property
     def lane_spans(self) -> list[tuple[Span, int]]:
@@ -76,7 +80,11 @@ def layout_of(rep: Rep) -> Layout:
     plan = fourier_plan(rep.group)
     gains = (1.0,) * len(spans) if plan is None else plan.irrep_scales(rep.group)
     copies = rep.regular_copies or None
-    return Layout(rep.dim, rep.group.order, spans, copies, plan, gains, repr(rep), _additions(plan, rep.group.order))
+    code: tuple[int, ...] = ()
+    if copies is not None and plan is not None and all(span.algebra == 1 for span in spans):
+        code = Lanes(tuple((span.dim, span.multiplicity // copies) for span in spans), plan).code()
+    additions = _additions(plan, rep.group.order)
+    return Layout(rep.dim, rep.group.order, spans, copies, plan, gains, repr(rep), additions, code)
 
 
 def _additions(plan: FourierPlan | None, order: int) -> tuple[tuple[float, ...], ...]:

@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs: changes of basis, activations and orders of heads inside the products."""

@@ -1,0 +1,173 @@
+"""Residual branches of a transformer by Triton kernels: one for a norm, one for a product and all that is around it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from timm.layers import QuickGELU
+from torch import Tensor, nn
+
+from equiflop.kernels import branch as branches
+from equiflop.kernels import norm as norms
+from equiflop.kernels import schur
+from equiflop.kernels.branch import Attention, Mlp, Parts
+from equiflop.kernels.choose import TABLE, Variant, is_eager, is_traced_for_kernels
+from equiflop.kernels.layout import Layout
+
+#: Compute capability from which bfloat16 and asynchronous copies are there.
+CAPABILITY = (8, 0)
+#: Lanes of fewer channels fill no tile.
+CHANNELS = 16
+
+_wanted = os.environ.get("EQUIFLOP_TRITON", "1") != "0"
+_anywhere = False
+
+
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Within this context GPUs take the form that a compiler or PyTorch's own operations make, to compare with."""
+    global _wanted
+    before, _wanted = _wanted, False
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+@contextmanager
+def anywhere() -> Iterator[None]:
+    """Within this context kernels are taken on any device and in any dtype, for the interpreter and for tracing."""
+    global _anywhere
+    before, _anywhere = _anywhere, True
+    try:
+        yield
+    finally:
+        _anywhere = before
+
+
+def fits(x: Tensor, layout: Layout, parts: Sequence[Parts]) -> bool:
+    """Whether the kernels compute all of these branches."""
+    if not _wanted or torch._C._are_functorch_transforms_active() or not (is_traced_for_kernels() or is_eager(x)):
+        return False
+    if not (_anywhere or _is_for(x)) or not branches.fits(x, layout, parts):
+        return False
+    if not layout.code or (layout.copies or 0) < CHANNELS:
+        return False
+    return all(_fits_body(part.body) and not isinstance(part.norm, norms.Affine) for part in parts)
+
+
+def _is_for(x: Tensor) -> bool:
+    """Products in half precision on a GPU that has the units."""
+    return x.is_cuda and _compute_dtype(x) in (torch.bfloat16, torch.float16) and _has_units(x.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _has_units(index: int) -> bool:
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(index) >= CAPABILITY
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _fits_body(body: Mlp | Attention) -> bool:
+    if isinstance(body, Attention):
+        return True
+    whole = body.hidden.copies is not None and all(span.multiplicity for span in body.hidden.spans)
+    return whole and body.bias1 is None and body.bias2 is None and bool(activation_of(body.act))
+
+
+def activation_of(act: nn.Module) -> str:
+    """The name of a pointwise module in the kernels; empty for one that they do not know."""
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else ""
+    return {QuickGELU: "quick_gelu", nn.SiLU: "silu", nn.ReLU: "relu"}.get(type(act), "")
+
+
+def by_triton(x: Tensor, layout: Layout, parts: Sequence[Parts]) -> Tensor:
+    """``x + path * scale * body(norm(x))``, branch after branch."""
+    from equiflop.kernels.gpu.functions import Normalise
+
+    dtype = _compute_dtype(x)
+    shape = x.shape
+    rows = x.reshape(-1, shape[-1])
+    for part in parts:
+        normal = rows
+        if part.norm is not None:
+            assert isinstance(part.norm, norms.Norm)
+            entries = tuple(norms.entry_weights(layout, part.norm))
+            rows, normal = Normalise.apply(
+                rows, part.norm.weight, part.norm.bias, layout.code, entries, part.norm.eps, dtype
+            )
+        residual = rows if part.residual else None
+        path = None if part.keep is None else part.keep.reshape(-1)
+        if isinstance(part.body, Mlp):
+            rows = _mlp(normal.to(dtype), residual, path, part.body, part.scale, layout)
+        else:
+            rows = _attention(normal.to(dtype), residual, path, part.body, part.scale, layout, shape)
+    return rows.view(shape)
+
+
+def _mlp(
+    normal: Tensor, residual: Tensor | None, path: Tensor | None, mlp: Mlp, scale: Tensor | None, layout: Layout
+) -> Tensor:
+    from equiflop.kernels.gpu.functions import Map, MultiplyTwice
+
+    first, bias1 = _tensors(mlp.fc1, None, layout, normal.dtype)
+    second, bias2 = _tensors(mlp.fc2, scale, layout, normal.dtype)
+    how = Map(layout.code)
+    rows: Tensor = MultiplyTwice.apply(
+        normal, bias1, bias2, residual, path, (how, how), activation_of(mlp.act), *first, *second
+    )
+    return rows
+
+
+def _attention(
+    normal: Tensor,
+    residual: Tensor | None,
+    path: Tensor | None,
+    body: Attention,
+    scale: Tensor | None,
+    layout: Layout,
+    shape: torch.Size,
+) -> Tensor:
+    from equiflop.kernels.gpu.functions import Map, Multiply
+
+    axis: Literal["heads", "group"] = "heads" if body.heads == "coupled" else "group"
+    heads = body.num_heads if axis == "heads" else 1
+    weights, bias = _tensors(body.qkv, None, layout, normal.dtype)
+    to_heads = Map(layout.code, writes=axis, sections=3, heads=heads)
+    qkv = Multiply.apply(normal, bias, None, None, to_heads, *weights)
+    q, k, v = qkv.view(*shape[:2], 3, body.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    attended = branches.attend(q, k, v, body).transpose(1, 2).reshape(-1, shape[-1])
+    weights, bias = _tensors(body.proj, scale, layout, normal.dtype)
+    from_heads = Map(layout.code, reads=axis, heads=heads)
+    rows: Tensor = Multiply.apply(attended, bias, residual, path, from_heads, *weights)
+    return rows
+
+
+def _tensors(
+    maps: schur.Maps, scale: Tensor | None, layout: Layout, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor | None]:
+    """Weights and the trivial irrep's bias in the products' dtype, a layer scale multiplied in."""
+    bias = maps[0][1]
+    weights = [weight for weight, _ in maps if weight is not None]
+    if scale is not None:
+        factors = scale.split([span.multiplicity for span in layout.spans])
+        weights = [weight * factor.unsqueeze(1) for weight, factor in zip(weights, factors, strict=True)]
+        bias = None if bias is None else bias * factors[0]
+    return [weight.to(dtype) for weight in weights], None if bias is None else bias.to(dtype)
+
+
+TABLE["branches"] = (
+    Variant("triton", fits, by_triton, "GPU from Ampere on, half precision, irreps of real type"),
+    *TABLE["branches"],
+)
