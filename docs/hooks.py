@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 #: Where docs/commands.md takes the help of all commands.
-COMMANDS = "<!-- the help of every command -->"
+PLACE = "<!-- the help of every command -->"
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^]]+)\]\((?P<target>\.\./[^)#]+)\)")
 _ROLE = re.compile(r":[a-z]+:`~?([^`]+)`")
 _DOCTEST = re.compile(r"(?:^[ ]*>>> .*\n?(?:^[ ]*\S.*\n?)*)", re.MULTILINE)
@@ -42,8 +42,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"[{match['text']}]({config.repo_url.rstrip('/')}/blob/main/{path})"
         return f"`{path}`" if match["text"] in path else f"{match['text']} (`{path}`)"
 
-    if COMMANDS in markdown:
-        markdown = markdown.replace(COMMANDS, _help_of_commands())
+    if PLACE in markdown:
+        markdown = markdown.replace(PLACE, _help_of_commands())
     return _LINK.sub(named, markdown)
 
 

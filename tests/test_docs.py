@@ -13,7 +13,6 @@ import types
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -69,12 +68,8 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target.resolve()), link
 
 
-def with_python() -> list[Path]:
-    return [page for page in PAGES if any(True for _ in blocks(page, "python"))]
-
-
 @pytest.fixture
-def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder to be in, with the file and the picture that the pages speak of."""
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("onnxruntime")
@@ -85,12 +80,11 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
     equiflop.export("flop_deit3_tiny_patch16_224", "net.onnx", settings=settings, dynamic_batch=True, images=2)
     Image.effect_noise((40, 30), 60).save("picture.png")
-    return tmp_path
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("page", with_python(), ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if [*blocks(page, "python")]], ids=name_of)
 def test_python_runs(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's blocks one after the other, in one module."""
     to_run = [block for block, skipped in blocks(page, "python") if skipped is None]
@@ -118,23 +112,22 @@ def commands(page: Path) -> Iterator[tuple[list[str], bool]]:
         yield shlex.split(code)[1:], False
 
 
-def parse(args: list[str], whole: bool) -> click.Context | None:
-    """See that click takes the arguments; whether files exist does not matter."""
-    if not args or args[0].startswith("-"):
-        return None
+def parse(args: list[str], whole: bool = True) -> None:
+    """See that click takes the arguments."""
+    if not args or args[0].startswith("-") or args[0] == "COMMAND":
+        return
     name, command, rest = main.resolve_command(click.Context(main, info_name="equiflop"), args)
     assert command is not None
     try:
-        return command.make_context(name, [*rest])
+        command.make_context(name, [arg for arg in rest if arg != "--help"])
     except click.MissingParameter:
-        assert not whole
-    except click.exceptions.Exit:  # --help
-        pass
-    return None
+        if whole:
+            raise
 
 
 @pytest.fixture
 def any_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether files exist does not matter."""
     monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: value)
 
 
@@ -142,8 +135,6 @@ def any_path(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_exist(page: Path) -> None:
     for args, whole in commands(page):
-        if args and args[0] == "COMMAND":
-            continue
         try:
             parse(args, whole)
         except click.ClickException as error:
@@ -152,15 +143,16 @@ def test_commands_exist(page: Path) -> None:
 
 @pytest.mark.usefixtures("any_path")
 def test_a_wrong_option_is_noticed() -> None:
-    parse(["check", "net", "--img-size", "224"], True)
+    parse(["check", "net", "--img-size", "224"])
     for wrong in (["check", "net", "--image-size", "224"], ["chek", "net"], ["train", "--lr", "much"]):
         with pytest.raises(click.UsageError):
-            parse(wrong, True)
+            parse(wrong)
     assert sum(1 for page in PAGES for _ in commands(page)) > 50
 
 
+@pytest.mark.usefixtures("any_path")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_examples_in_the_help_parse(name: str, any_path: None) -> None:
+def test_examples_in_the_help_parse(name: str) -> None:
     command = main.get_command(click.Context(main), name)
     assert command is not None and command.help is not None
     text = re.sub(r"\\\n\s*", " ", command.help)
@@ -169,7 +161,13 @@ def test_examples_in_the_help_parse(name: str, any_path: None) -> None:
     )
     assert examples
     for example in examples:
-        parse(shlex.split(example), True)
+        parse(shlex.split(example))
+
+
+@pytest.mark.usefixtures("any_path")
+def test_the_job_script_parses() -> None:
+    script = (ROOT / "docs" / "train.slurm").read_text(encoding="utf-8").replace("\\\n", " ")
+    parse(shlex.split(script.partition("-m equiflop ")[2]))
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
@@ -210,7 +208,7 @@ def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         text=True,
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    pages: dict[str, Any] = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.html")}
+    pages = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.html")}
     for package in ("groups", "nn", "models", "kernels", "convert", "data", "training", "deploy"):
         shown = re.findall(r'id="equiflop\.([\w.]+)"', pages[f"api/{package}.html"])
         last = {name.rpartition(".")[2] for name in shown}
