@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.installed-docs
 
-.PHONY: demo test soak check lint types web node clean
+.PHONY: demo test soak check lint types docs web node clean
 
 demo: $(STAMP)
 	$(BIN)/equiflop demo
@@ -23,6 +24,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# The documentation as a site, in site/; a link that leads nowhere is an error. Nothing is fetched but its packages, once.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The page for browsers, on localhost: make web PORT=8081 takes another port than 8080.
 web: node web/node_modules/.package-lock.json
 	@PORT="$(PORT)" exec node web/serve.mjs
@@ -40,5 +45,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $(STAMP)
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $(DOCS_STAMP)
+
 clean:
-	rm -rf .venv web/node_modules build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site web/node_modules build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
