@@ -106,7 +106,7 @@ def export(
             raise ValueError(f"{name}=True: to={to!r} takes fixed sizes alone")
     if precision == "int8" and data is None:
         raise ValueError("precision='int8' finds its ranges from images; give data, such as the training set")
-    plain = _plain_of(subject, settings) if compare else None
+    plain = _plain_of(subject) if compare else None
     samples = proofs.sample_images(subject, data, images)
     calibration = None
     if precision == "int8":
@@ -162,7 +162,7 @@ def _checked_path(path: Path, target: Target) -> Path:
     return path
 
 
-def _plain_of(subject: Subject, settings: dict[str, Any] | None) -> Subject:
+def _plain_of(subject: Subject) -> Subject:
     """The plain twin with random weights, which take as long as others."""
     if subject.group is None:
         raise ValueError(f"compare=True: {subject.name} is a plain network itself")
@@ -171,5 +171,8 @@ def _plain_of(subject: Subject, settings: dict[str, Any] | None) -> Subject:
     except ValueError as error:
         raise ValueError(f"compare=True: {error}") from error
     own = ("group", "heads", "invariants", "multiplicities", "norm_eps", "norm_weighting", "token_std", "design")
-    keywords = {key: value for key, value in (settings or {}).items() if key not in own}
-    return Subject.of(name, {"num_classes": len(subject.classes), **keywords}, subject.input_size[1:])
+    weights = ("pretrained", "checkpoint_path")
+    keywords = {key: value for key, value in subject.keywords.items() if key not in (*own, *weights)}
+    channels, *size = subject.input_size
+    given = {"num_classes": len(subject.classes), "in_chans": channels}
+    return Subject.of(name, {**given, **keywords}, (size[0], size[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import equiflop
 from equiflop.checking import own_input_size, randomize_parameters
 from equiflop.data import Preprocessing
 from equiflop.image_group import ImageGroup
+from equiflop.training.checkpoint import load_model
 from equiflop.training.model_spec import check_model_name, check_takes, create_model, input_keywords
 from equiflop.training.prediction import Classifier, published_classes
 
@@ -29,12 +30,14 @@ class Subject:
         model: in evaluation mode, in float32, on the CPU.
         preprocessing: what its input is.
         classes: names of the classes in the order of the logits; empty where its output is something else.
+        keywords: with which the model was made, as far as they are known.
     """
 
     name: str
     model: nn.Module
     preprocessing: Preprocessing
     classes: tuple[str, ...]
+    keywords: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -67,9 +70,10 @@ class Subject:
         if Path(model).exists():
             if settings:
                 raise ValueError(f"--set does not apply to {str(model)!r}: the file says how its model is made")
-            found = Classifier.from_file(model)
+            trained = load_model(model)
+            found = Classifier.from_trained(trained)
             sized = _sized(found.name, found.model, found.preprocessing, img_size)
-            return cls(found.name, found.model.float().eval(), sized, found.classes)
+            return cls(found.name, found.model.float().eval(), sized, found.classes, dict(trained.spec.kwargs))
         name, keywords = str(model), dict(settings or {})
         check_model_name(name)
         if img_size is not None and "img_size" in input_keywords(name, (3, *img_size)):
@@ -78,7 +82,7 @@ class Subject:
         network = create_model(name, keywords, pretrained)
         if not (pretrained or keywords.get("checkpoint_path")):
             randomize_parameters(network, torch.Generator().manual_seed(0))
-        return cls._with(name, network, img_size)
+        return dataclasses.replace(cls._with(name, network, img_size), keywords=keywords)
 
     @classmethod
     def _with(cls, name: str, network: nn.Module, img_size: tuple[int, int] | None) -> Subject:

@@ -108,6 +108,8 @@ def by_triton(x: Tensor, layout: Layout, parts: Sequence[Parts]) -> Tensor:
                 rows, part.norm.weight, part.norm.bias, layout.code, entries, part.norm.eps, dtype
             )
         residual = rows if part.residual else None
+        if part.norm is None and residual is not None:  # a compiler wants every input of a function to be another
+            residual = rows.view_as(rows)
         path = None if part.keep is None else part.keep.reshape(-1)
         if isinstance(part.body, Mlp):
             rows = _mlp(normal.to(dtype), residual, path, part.body, part.scale, layout)

@@ -344,16 +344,16 @@ def weight_gradient_source(what: WeightGradient) -> tuple[str, list[str]]:
     emit("inside_m = (m < tl.minimum((part + 1) * LENGTH, M))[:, None]")
     emit("row = m.to(tl.int64)[:, None]")
     section = "section" if what.sections > 1 else "0"
-    at = _offsets(lanes, what.writes, "n", "N_OUT", what.heads, section)
-    left = _operands(lines, lanes, what.writes, "dy", at, "inside_m & inside_n[None, :]")
-    at = _offsets(lanes, what.reads, "k", "N_IN", what.heads, "0")
-    right = _operands(lines, lanes, what.reads, "x", at, "inside_m & inside_k[None, :]")
+    offsets = _offsets(lanes, what.writes, "n", "N_OUT", what.heads, section)
+    ys = _operands(lines, lanes, what.writes, "dy", offsets, "inside_m & inside_n[None, :]")
+    offsets = _offsets(lanes, what.reads, "k", "N_IN", what.heads, "0")
+    xs = _operands(lines, lanes, what.reads, "x", offsets, "inside_m & inside_k[None, :]")
     for i, a, b in blocks:
         dim, width = lanes.spans[i]
         lead = lanes.before(i)
         for r in range(dim):
-            first = _wide(f"tl.trans({left[lead + r * width + a]})", what.interpreted)
-            second = _wide(right[lead + r * width + b], what.interpreted)
+            first = _wide(f"tl.trans({ys[lead + r * width + a]})", what.interpreted)
+            second = _wide(xs[lead + r * width + b], what.interpreted)
             emit(f"acc{i}_{a}_{b} = tl.dot({first}, {second}, acc{i}_{a}_{b})")
     lines.depth = 1
     emit(f"base = out + part.to(tl.int64) * ({lanes.weights * what.sections} * N_OUT * N_IN)")

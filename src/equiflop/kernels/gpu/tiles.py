@@ -77,12 +77,12 @@ HOPPER: dict[int, tuple[Tile, ...]] = {
     ),
 }
 AMPERE: dict[int, tuple[Tile, ...]] = {
-    2: (Tile(128, 128, 32, 16, 3), Tile(128, 64, 32, 8, 4), Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 8, 3)),
-    4: (Tile(128, 64, 32, 16, 3), Tile(64, 64, 32, 8, 3), Tile(128, 32, 32, 8, 3), Tile(64, 32, 32, 8, 4)),
-    8: (Tile(64, 64, 32, 16, 2), Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 8, 4)),
+    2: (Tile(128, 64, 32, 8, 4), Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 8, 3)),
+    4: (Tile(64, 64, 16, 8, 4), Tile(64, 32, 32, 4, 4), Tile(64, 32, 64, 8, 3)),
+    8: (Tile(64, 16, 32, 8, 3), Tile(32, 16, 32, 4, 4), Tile(64, 16, 16, 4, 4)),
 }
 #: Changing the basis of eight lanes in front of a product takes registers as well.
-FROM_THE_GROUP: dict[int, tuple[Tile, ...]] = {8: (Tile(64, 32, 32, 16, 3), Tile(64, 16, 32, 8, 3))}
+FROM_THE_GROUP: dict[int, tuple[Tile, ...]] = {8: (Tile(64, 16, 16, 8, 4), Tile(32, 16, 16, 4, 4))}
 #: Tiles to try for weight gradients: ``rows`` is what is summed over.
 WEIGHT_GRADIENTS: dict[int, tuple[Tile, ...]] = {
     2: (Tile(64, 128, 128, 8, 3), Tile(32, 128, 128, 8, 4), Tile(64, 64, 128, 8, 3), Tile(64, 64, 64, 8, 4)),
