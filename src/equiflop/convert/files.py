@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,21 @@ WRAPPERS = ("model", "model_ema", "state_dict", "state_dict_ema", "teacher", "st
 PREFIXES = ("_orig_mod.", "module.", "backbone.")
 
 
-def read_official(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a ``.safetensors`` or PyTorch file, taken out of its wrappers and freed from prefixes.
+@dataclass(frozen=True)
+class OfficialFile:
+    """What a file of official weights holds.
+
+    Attributes:
+        state_dict: the weights, taken out of their wrappers and freed from prefixes.
+        trained_as: the official name of the model, where training noted its arguments in the file.
+    """
+
+    state_dict: dict[str, Tensor]
+    trained_as: str | None
+
+
+def read_official(path: str | Path) -> OfficialFile:
+    """Read a ``.safetensors`` or PyTorch file.
 
     PyTorch files are read with ``weights_only``: a pickle that would run code is refused. The only class beside tensors
     and containers that is allowed is ``argparse.Namespace``, in which training scripts leave their arguments.
@@ -34,7 +48,10 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
         content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    return {_without_prefix(name): tensor for name, tensor in _unwrapped(content, path).items()}
+    state = {_without_prefix(name): tensor for name, tensor in _unwrapped(content, path).items()}
+    arguments = content.get("args")
+    trained_as = arguments.get("model") if isinstance(arguments, Mapping) else getattr(arguments, "model", None)
+    return OfficialFile(state, trained_as if isinstance(trained_as, str) else None)
 
 
 def _load_pickle(path: Path) -> Any:

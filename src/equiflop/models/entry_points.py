@@ -204,6 +204,13 @@ def equivariant_models() -> list[str]:
     return list(_PLAIN_TWINS)
 
 
+def model_keywords(name: str) -> dict[str, Any]:
+    """All keywords of an equivariant model, with the values that its name stands for."""
+    row = _MODELS[name]
+    defaults = {key: value.default for key, value in inspect.signature(row.family.model_class).parameters.items()}
+    return defaults | row.keywords({})
+
+
 def registered_twin(plain: str) -> str | None:
     """The registered E(ResMLP) or E(ConvNeXt) whose plain twin has this name, tag or not; None for other names.
 
