@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +32,8 @@ def command(source: Path, name: str | None, output: Path, settings: tuple[tuple[
     from equiflop.convert import convert_with_report
     from equiflop.convert.files import read_official
     from equiflop.convert.recognise import recognise
-    from equiflop.data import Preprocessing
     from equiflop.training.checkpoint import save_weights
-    from equiflop.training.model_spec import ModelSpec, create_model, published_preprocessing
+    from equiflop.training.model_spec import ModelSpec, create_model, preprocessing_of
     from equiflop.training.prediction import published_classes
 
     if output.suffix != ".safetensors":
@@ -65,14 +63,9 @@ def command(source: Path, name: str | None, output: Path, settings: tuple[tuple[
         model.load_state_dict(conversion.state_dict)
     except ValueError as error:
         raise ValueError(f"{source}: does not fit {name}: {error}{hint}") from error
-    preprocessing = published_preprocessing(name)
-    assert isinstance(preprocessing, Preprocessing)
-    size = keywords.get("img_size", preprocessing.input_size[1:])
-    height, width = (size, size) if isinstance(size, int) else size
-    input_size = (int(keywords.get("in_chans", 3)), int(height), int(width))
     classes = published_classes(model) if model.num_classes else ()
     keywords.pop("num_classes", None)
-    spec = ModelSpec(name, keywords, classes, replace(preprocessing, input_size=input_size))
+    spec = ModelSpec(name, keywords, classes, preprocessing_of(model))
     save_weights(output, model.state_dict(), spec)
     write_checksum(output)
     click.echo(

@@ -13,7 +13,9 @@ from equiflop.cli.options import device_option, json_option, workers_option
 @click.argument("checkpoint", required=False)
 @click.option("--data", help="Data set to measure on: its test images.  [default: the one it was trained on]")
 @click.option("--model", help="In place of CHECKPOINT, with --pretrained: timm's name of a model.")
-@click.option("--pretrained", is_flag=True, help="Use the weights that timm publishes for --model (downloads them).")
+@click.option(
+    "--pretrained", is_flag=True, help="Use timm's weights of --model (downloads them), ours from $EQUIFLOP_WEIGHTS."
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images at once.")
 @click.option("--per-class", is_flag=True, help="Also print the accuracy of every class.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and say how many.")
