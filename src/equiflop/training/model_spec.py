@@ -83,14 +83,6 @@ def input_keywords(name: str, input_size: tuple[int, int, int]) -> dict[str, Any
     return keywords
 
 
-def published_preprocessing(name: str) -> Preprocessing | None:
-    """What timm notes down about the input of a model; None where it notes nothing."""
-    config = timm.get_pretrained_cfg(name.removeprefix(TWIN))
-    if config is None:
-        return None
-    return Preprocessing(config.input_size, config.mean, config.std, config.interpolation, config.crop_pct)
-
-
 def preprocessing_of(model: nn.Module) -> Preprocessing:
     """The input of a model that timm made, as its weights want it.
 
