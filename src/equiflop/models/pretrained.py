@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg
 
@@ -78,15 +79,22 @@ def _downloaded(place: str, label: str, cache_dir: str | Path | None) -> Path:
     """The local copy of a repository's folder."""
     repository, _, revision = place.partition("@")
     repository = repository if "/" in repository else f"{repository}/{label}"
-    try:
-        config = Path(hf_hub_download(repository, CONFIG_FILE, revision=revision or None, cache_dir=cache_dir))
-        commit = config.parent.name  # the others from the same state of the repository
-        for file in (WEIGHTS_FILE, checksum_file(Path(WEIGHTS_FILE)).name):
-            hf_hub_download(repository, file, revision=commit, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:  # the hub's errors are of these classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{repository} cannot be downloaded from the hub: {reason}") from error
+    config = _file_of(repository, CONFIG_FILE, revision or None, cache_dir)
+    for file in (WEIGHTS_FILE, checksum_file(Path(WEIGHTS_FILE)).name):
+        _file_of(repository, file, config.parent.name, cache_dir)  # of the same commit
     return config.parent
+
+
+def _file_of(repository: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{repository}: no such repository on the hub, or a private one") from error
+    except (EntryNotFoundError, OSError, ValueError) as error:  # the hub's other errors are of these classes
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ValueError(f"{repository}: holds no {file}; equiflop publish writes it") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{repository}: cannot be downloaded from the hub: {reason}") from error
 
 
 def _published(folder: Path, name: str) -> Found:
