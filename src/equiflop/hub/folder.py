@@ -106,7 +106,7 @@ def push(folder: str | Path, repository: str) -> str:
     except Exception as error:  # the hub, the network and what is between them raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"push={repository!r}: {reason}; the folder {folder} is complete") from error
-    return str(made)
+    return str(made.url)
 
 
 def _check_free(output: Path) -> None:
