@@ -301,3 +301,27 @@ def test_transformers_loads_the_folder(name: str, tmp_path: Path) -> None:
         expected = model(transform(photo)[None])[0].softmax(0)
     found = {answer["label"]: answer["score"] for answer in answers}
     assert found == pytest.approx(dict(zip(CLASSES, expected.tolist(), strict=True)), abs=1e-4)
+
+
+def test_features_are_measured_and_get_a_classifier_by_training(tmp_path: Path) -> None:
+    """What there is to do with networks without classifier, such as those of DINOv2."""
+    images = write_image_folder(tmp_path / "photos")
+    name = "octic_hybrid_deit3_small_patch16_224"
+    model, file = saved(name, tmp_path / "model.safetensors", ())
+    found = run("eval", file, "--data", images, "--neighbours", "3", "--json", "--device", "cpu")
+    assert json.loads(found.stdout)["neighbours_top1"] == 1.0  # red and blue
+    assert "give --neighbours" in run("eval", file, "--data", images).output
+    photo = next((images / "test").rglob("*.png"))
+    refused(run("predict", photo, "--checkpoint", file, "--device", "cpu"), name, "has no classifier")
+    sizes = [
+        part
+        for key in ("patch_size", "embed_dim", "depth", "num_heads")
+        for part in ("--set", f"{key}={KEYWORDS[name][key]}")
+    ]
+    probe = ("--start-from", file, "--freeze-backbone", "--epochs", "1", "--batch-size", "4", "--img-size", "32")
+    out = tmp_path / "probe"
+    result = run("train", name, *sizes, *probe, "--data", images, "--out", out, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    trained = load_model(out)
+    assert trained.spec.classes == ("blue", "red")
+    assert torch.equal(trained.model.blocks[0].attn.qkv.A1.weight, model.blocks[0].attn.qkv.A1.weight)

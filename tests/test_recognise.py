@@ -59,7 +59,8 @@ def test_recordings_are_recognised_and_converted(name: str, tmp_path: Path) -> N
     prefix, arguments, trained_as = GOLDENS[name]
     _, state, images, _, logits = golden(name)
     source, output = tmp_path / "official.pth", tmp_path / "ours.safetensors"
-    torch.save({"model": state, "args": argparse.Namespace(model=trained_as)}, source)
+    noted = argparse.Namespace(model=trained_as, output_dir=tmp_path)  # as the official scripts save them
+    torch.save({"model": state, "epoch": 399, "args": noted}, source)
     result = convert(source, output, *arguments)
     assert result.exit_code == 0, result.output
     assert f"{source}: {prefix}" in result.output
@@ -67,6 +68,7 @@ def test_recordings_are_recognised_and_converted(name: str, tmp_path: Path) -> N
     assert relative_error(trained.model.double()(images.double()), logits) < 1e-6
     size = images.shape[1:] if "convnext" not in name else (3, 224, 224)
     assert trained.spec.preprocessing.input_size == tuple(size)
+    assert trained.spec.preprocessing.crop_pct == (0.875 if "convnext" in name else 1.0)
     verify(output)
 
 

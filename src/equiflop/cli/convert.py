@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,10 @@ def command(source: Path, name: str | None, output: Path, settings: tuple[tuple[
         raise ValueError(f"{source}: does not fit {name}: {error}{hint}") from error
     classes = published_classes(model) if model.num_classes else ()
     keywords.pop("num_classes", None)
-    spec = ModelSpec(name, keywords, classes, preprocessing_of(model))
+    preprocessing = preprocessing_of(model)
+    if "convnext" not in name:  # DeiT's evaluation, which the others were published with, crops nothing
+        preprocessing = replace(preprocessing, crop_pct=1.0)
+    spec = ModelSpec(name, keywords, classes, preprocessing)
     save_weights(output, model.state_dict(), spec)
     write_checksum(output)
     click.echo(

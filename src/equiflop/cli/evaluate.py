@@ -69,20 +69,24 @@ def command(
         classifier = Classifier.from_timm(str(model))
     if data is None:
         raise click.UsageError("give --data: the file does not say what the model was trained on")
+    if not classifier.classes and neighbours is None:
+        raise click.UsageError(f"{classifier.name} has no classifier; give --neighbours to measure its features")
     images = open_data(data, preprocessing=classifier.preprocessing)
-    classifier.check_classes(images.classes)
     progress = Progress(classifier.name)
     network = classifier.model.to(chosen)
-    result = evaluate(
-        network,
-        images.test,
-        batch_size,
-        chosen,
-        workers=workers,
-        progress=progress,
-        skip_unreadable=skip_unreadable,
-        classes=len(images.classes),
-    )
+    result = None
+    if classifier.classes:
+        classifier.check_classes(images.classes)
+        result = evaluate(
+            network,
+            images.test,
+            batch_size,
+            chosen,
+            workers=workers,
+            progress=progress,
+            skip_unreadable=skip_unreadable,
+            classes=len(images.classes),
+        )
     knn = None
     if neighbours is not None:
         knn = nearest_neighbour_accuracy(
@@ -97,6 +101,11 @@ def command(
             skip_unreadable=skip_unreadable,
         )
     progress.clear()
+    if result is None:  # features alone
+        measured = {"model": classifier.name, "data": images.name, "neighbours": neighbours, "neighbours_top1": knn}
+        text = f"{classifier.name} on {images.name}: accuracy of {neighbours} neighbours {100 * (knn or 0):.2f} %"
+        click.echo(json.dumps(measured, indent=2) if as_json else text)
+        return
     if as_json:
         values = {
             "model": classifier.name,

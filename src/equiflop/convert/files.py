@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 WRAPPERS = ("model", "model_ema", "state_dict", "state_dict_ema", "teacher", "student")
 #: What compiled, distributed and DINO training put in front of the names.
 PREFIXES = ("_orig_mod.", "module.", "backbone.")
+#: Paths as pickles name them, read as paths that touch no disk and exist on every system.
+_PATHS = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class OfficialFile:
 def read_official(path: str | Path) -> OfficialFile:
     """Read a ``.safetensors`` or PyTorch file.
 
-    PyTorch files are read with ``weights_only``: a pickle that would run code is refused. The only class beside tensors
-    and containers that is allowed is ``argparse.Namespace``, in which training scripts leave their arguments.
+    PyTorch files are read with ``weights_only``: a pickle that would run code is refused. The only classes beside
+    tensors and containers that are allowed are ``argparse.Namespace``, in which the official training scripts leave
+    their arguments, and paths, which are among these.
 
     Raises:
         ValueError: if the file is missing, damaged, would run code, or holds no state dict.
@@ -56,7 +59,7 @@ def read_official(path: str | Path) -> OfficialFile:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_PATHS]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files and refused pickles raise almost anything
         if "Unsupported" in str(error) or "weights_only" in str(error):

@@ -109,8 +109,10 @@ def predict(classifier: Classifier, path: str | Path, device: torch.device, coun
         count: how many classes to name.
 
     Raises:
-        ValueError: if the file cannot be read or the logits are not finite.
+        ValueError: if the file cannot be read, the logits are not finite, or the network has no classifier.
     """
+    if not classifier.classes:
+        raise ValueError(f"{classifier.name} has no classifier: its weights make features alone")
     channels = classifier.preprocessing.input_size[0]
     pixels = image_transform(classifier.preprocessing)(read_image(path, channels))
     model = classifier.model.to(device)
