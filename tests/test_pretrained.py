@@ -22,7 +22,9 @@ from equiflop.training import ModelSpec
 from equiflop.training.checkpoint import save_weights
 from equiflop.training.prediction import Classifier
 from hub_stand_in import hub_of
+from oracles import relative_error
 from small_models import ALL, CONVNEXT, KEYWORDS, VIT, small_model
+from test_convert import golden
 
 CLASSES = tuple("abcdefg")
 PIXELS = Preprocessing((3, 32, 32), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), "bilinear", 0.9)
@@ -83,6 +85,16 @@ def test_timm_adapts_classes_channels_and_image_size(how: str, weights: Path, tm
     torch.testing.assert_close(larger(x), model(x), rtol=1e-4, atol=1e-4)
     features = create(features_only=True, out_indices=(0, 1))
     assert len(features(torch.randn(2, 3, 32, 32))) == 2
+
+
+def test_converted_official_weights_are_found(weights: Path, tmp_path: Path) -> None:
+    _, state, images, _, logits = golden("flop_resmlp")
+    torch.save(state, tmp_path / "official.pth")
+    name = "flop_resmlp_12_224"
+    arguments = ["convert", str(tmp_path / "official.pth"), "-o", str(weights / f"{name}.safetensors")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    with torch.no_grad():
+        assert relative_error(create(name)(images).double(), logits) < 1e-5
 
 
 def test_a_tag_is_part_of_the_name(weights: Path) -> None:
