@@ -20,6 +20,7 @@ from equiflop.hub import publish
 from equiflop.models.pretrained import WEIGHTS_VARIABLE
 from equiflop.training import ModelSpec
 from equiflop.training.checkpoint import save_weights
+from equiflop.training.objective import Teacher
 from equiflop.training.prediction import Classifier
 from hub_stand_in import hub_of
 from oracles import relative_error
@@ -223,8 +224,10 @@ def test_what_a_hub_may_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_commands_find_them_too(weights: Path, tmp_path: Path) -> None:
-    saved(VIT, weights / f"{VIT}.safetensors")
+    model, _ = saved(VIT, weights / f"{VIT}.safetensors")
     classifier = Classifier.from_timm(VIT)
     assert classifier.classes == CLASSES and classifier.preprocessing == PIXELS
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(Teacher(VIT, CLASSES, PIXELS)(x), model(x))
     result = CliRunner().invoke(main, ["predict", str(tmp_path / "none.png"), "--model", VIT, "--pretrained"])
     assert result.exit_code == 2 and "none.png" in result.output

@@ -21,6 +21,7 @@ import equiflop
 from equiflop.cli.main import main
 from equiflop.data import Preprocessing
 from equiflop.hub import publish
+from equiflop.hub.card import data_name
 from equiflop.training import ModelSpec
 from equiflop.training.checkpoint import load_model, save_weights
 from oracles import scramble
@@ -113,6 +114,21 @@ def test_the_card_says_what_is_known_of_a_run(trained: Path, tmp_path: Path) -> 
     for path in output.iterdir():
         assert b"secret-place" not in path.read_bytes()
     assert "top-1 accuracy" in result.output and f"local-dir:{output}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("/home/somebody/photos", "photos"),
+        ("../secret/photos/", "photos"),
+        ("wds//home/somebody/shards", "shards"),
+        ("torch/cifar10", "torch/cifar10"),
+        ("fashion-mnist", "fashion-mnist"),
+        ("", ""),
+    ],
+)
+def test_places_on_a_disk_are_not_told(data: str, name: str) -> None:
+    assert data_name(data) == name
 
 
 def test_what_is_not_known_is_not_claimed(tmp_path: Path) -> None:

@@ -14,28 +14,22 @@ def checksum_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def write_checksum(path: Path) -> Path:
+def write_checksum(path: Path) -> None:
     """Write the checksum of a file.
 
     Raises:
         OSError: if it cannot be written.
     """
-    beside = checksum_file(path)
-    write_text(beside, f"{_sha256(path)}  {path.name}\n")
-    return beside
+    write_text(checksum_file(path), f"{_sha256(path)}  {path.name}\n")
 
 
-def verify(path: Path, beside: Path | None = None) -> None:
+def verify(path: Path) -> None:
     """See that a file is the one whose checksum was written.
-
-    Args:
-        path: the file.
-        beside: the file with its checksum, by default :func:`checksum_file`.
 
     Raises:
         ValueError: if it is another one, or the checksum is missing or damaged.
     """
-    beside = checksum_file(path) if beside is None else beside
+    beside = checksum_file(path)
     try:
         noted = beside.read_text(encoding="utf-8", errors="replace").split()
     except FileNotFoundError as error:

@@ -51,7 +51,7 @@ def command(source: Path, name: str | None, output: Path, settings: tuple[tuple[
         name, keywords = found.name, dict(found.keywords)
         told = f"{source}: {found}\n  {found.description}\n"
     else:
-        hint = f"; the file {_what_it_is(file)}"
+        hint = f"; the file {_what_it_is(file, {k: v for k, v in settings if k == 'num_heads'})}"
         if "num_classes" not in keywords and "head.weight" in official:
             keywords["num_classes"] = len(official["head.weight"])
         if "mask_token.0" in official:  # DINOv2: no classifier, perhaps register tokens
@@ -84,10 +84,10 @@ def command(source: Path, name: str | None, output: Path, settings: tuple[tuple[
         click.echo(f"measure it: equiflop eval {output} --data FOLDER")
 
 
-def _what_it_is(file: OfficialFile) -> str:
+def _what_it_is(file: OfficialFile, known: dict[str, Any]) -> str:
     from equiflop.convert.recognise import recognise
 
     try:
-        return f"is {recognise(file.state_dict, trained_as=file.trained_as)}"
+        return f"is {recognise(file.state_dict, known, file.trained_as)}"
     except ValueError as error:
         return str(error)

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 import equiflop
-from equiflop.models.entry_points import TWIN, plain_settings
+from equiflop.models.entry_points import plain_settings
 from equiflop.training.checkpoint import TrainedModel
 from equiflop.training.config import TrainConfig
 from equiflop.training.model_spec import create_model
@@ -129,25 +129,18 @@ def model_card(facts: Facts, repository: str) -> str:
     """
     task = "image-classification" if facts.classes else "image-feature-extraction"
     measured = facts.measured if facts.classes else None
-    metrics = [("accuracy", measured.top1)] if measured is not None else []
+    results = None
+    if measured is not None:
+        name, top1 = measured.data, round(measured.top1, 6)
+        results = [EvalResult(task, dataset_type=name, dataset_name=name, metric_type="accuracy", metric_value=top1)]
     data = ModelCardData(
         tags=[task, "timm", "transformers", "equiflop", "equivariance"],
         library_name="timm",
         pipeline_tag=task,
         license=facts.licence,
-        metrics=[name for name, _ in metrics] or None,
-        model_name=facts.name if metrics else None,
-        eval_results=[
-            EvalResult(
-                task_type=task,
-                dataset_type=measured.data if measured is not None else "",
-                dataset_name=measured.data if measured is not None else "",
-                metric_type=name,
-                metric_value=round(value, 6),
-            )
-            for name, value in metrics
-        ]
-        or None,
+        metrics=["accuracy"] if results else None,
+        model_name=facts.name if results else None,
+        eval_results=results,
     )
     table = "".join(f"| {name} | {value} |\n" for name, value in facts.rows())
     return (
@@ -205,8 +198,9 @@ def _usage(facts: Facts, repository: str) -> str:
 
 def data_name(data: str) -> str:
     """What a data set is called, without the place on a disk where it lay."""
-    path = Path(data).expanduser()
-    return path.name if data and (path.is_absolute() or path.exists()) else data
+    if not data or data.startswith(("torch/", "hfds/")):
+        return data
+    return Path(data).expanduser().resolve().name
 
 
 def _plain_twin(trained: TrainedModel) -> tuple[str, int, int] | None:
@@ -217,9 +211,9 @@ def _plain_twin(trained: TrainedModel) -> tuple[str, int, int] | None:
     try:
         with torch.device("meta"):
             plain = create_model(name, keywords)
+        return name, _parameters(plain), equiflop.macs(plain, spec.preprocessing.input_size)
     except (TypeError, ValueError):  # some of timm's models do not take the keywords that ours do
         return None
-    return name.removeprefix(TWIN), _parameters(plain), equiflop.macs(plain, spec.preprocessing.input_size)
 
 
 def _short(number: int) -> str:

@@ -64,12 +64,11 @@ def publish(
         OSError: if the folder cannot be written; what was there before is then intact.
     """
     output = Path(output)
-    _check_free(output)
     trained = load_model(source)
+    _check_free(output)
     measured = measure(trained) if measure is not None else _noted(trained)
     facts = Facts.of(trained, measured, licence)
-    card = model_card(facts, repository or f"OWNER/{facts.name.split(':')[-1]}")
-
+    card = model_card(facts, repository or f"OWNER/{facts.name.replace(':', '_')}")
     config = None if trained.config is None else _without_places(trained.config)
 
     def fill(folder: Path) -> None:
@@ -110,7 +109,12 @@ def push(folder: str | Path, repository: str) -> str:
 
 
 def _check_free(output: Path) -> None:
-    """See that a folder may be written there."""
+    """See that a folder may be written there.
+
+    Raises:
+        ValueError: if something else is there.
+        OSError: if none can be made.
+    """
     if output.is_dir():
         others = sorted(path.name for path in output.iterdir() if path.name not in FILES)
         if others:
@@ -130,13 +134,13 @@ def _noted(trained: TrainedModel) -> Measured | None:
         return None
     try:
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        last = next(record for record in records if record["epoch"] == trained.config.epochs)
+        last = next((record for record in records if record["epoch"] == trained.config.epochs), None)
+        if last is None:
+            return None
         averaged = last.get("ema_accuracy") is not None
         top1 = last["ema_accuracy"] if averaged else last["test_accuracy"]
         top5 = None if averaged else float(last["test_top5"])
         return Measured(data_name(trained.config.data), None, float(top1), top5)
-    except StopIteration:
-        return None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{log}: a damaged log ({error!r})") from error
 
@@ -166,7 +170,7 @@ def _write_config(trained: TrainedModel, licence: str | None, path: Path) -> Non
     }
     save_config_for_hf(trained.model, str(path), model_config=model_config, data_config=data_config)
     written = json.loads(path.read_text(encoding="utf-8"))
-    # transformers passes the number of classes itself, and again whatever stands here; timm has it from the rest
+    # timm has it from pretrained_cfg; transformers would pass it twice
     written["model_args"].pop("num_classes", None)
     path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
