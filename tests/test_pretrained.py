@@ -199,6 +199,8 @@ def test_from_a_hub(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     x = torch.randn(1, 3, 32, 32)
     with hub_of(tmp_path / "hub", monkeypatch) as requests:
         assert torch.equal(create(cache_dir=tmp_path / "cache")(x), model(x))
+        by_timm = timm.create_model(f"hf-hub:me/{VIT}", pretrained=True, cache_dir=tmp_path / "other").eval()
+        assert torch.equal(by_timm(x), model(x))
         assert any(f"GET /me/{VIT}/resolve/" in request for request in requests)
     assert torch.equal(create(cache_dir=tmp_path / "cache")(x), model(x))  # the hub is gone, the copy is not
 

@@ -108,7 +108,8 @@ def test_the_card_says_what_is_known_of_a_run(trained: Path, tmp_path: Path) -> 
         assert line in card, card
     data = front_matter(card)
     assert data.license == "cc-by-4.0" and data.library_name == "timm" and data.metrics == ["accuracy"]
-    assert data.pipeline_tag == "image-classification" and {"timm", "transformers"} <= set(data.tags)
+    assert data.pipeline_tag == "image-classification" and {"timm", "equiflop"} <= set(data.tags)
+    assert "transformers" not in card  # which has no grey images
     assert data.eval_results[0].metric_value == pytest.approx(record["test_accuracy"], abs=1e-6)
     assert json.loads((output / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-4.0"
     for path in output.iterdir():
@@ -136,6 +137,7 @@ def test_what_is_not_known_is_not_claimed(tmp_path: Path) -> None:
     card = (publish(file, tmp_path / "out").path / "README.md").read_text()
     assert "| top-1 accuracy | not measured |" in card and "| licence | not stated |" in card
     assert "does not say how it was trained" in card
+    assert f'pipeline("image-classification", "OWNER/{VIT}")("cat.jpg")' in card
     data = front_matter(card)
     assert data.license is None and data.metrics is None and data.eval_results is None
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]["license"] is None

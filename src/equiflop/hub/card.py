@@ -134,7 +134,7 @@ def model_card(facts: Facts, repository: str) -> str:
         name, top1 = measured.data, round(measured.top1, 6)
         results = [EvalResult(task, dataset_type=name, dataset_name=name, metric_type="accuracy", metric_value=top1)]
     data = ModelCardData(
-        tags=[task, "timm", "transformers", "equiflop", "equivariance"],
+        tags=[task, "timm", *(["transformers"] if _for_transformers(facts) else []), "equiflop", "equivariance"],
         library_name="timm",
         pipeline_tag=task,
         license=facts.licence,
@@ -187,13 +187,18 @@ def _usage(facts: Facts, repository: str) -> str:
         f'model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
     ]
-    if facts.classes:
+    if facts.classes and _for_transformers(facts):
         lines += [
             "# or by transformers",
             "from transformers import pipeline",
             f'pipeline("image-classification", "{repository}")("cat.jpg")',
         ]
     return "```python\n" + "\n".join(lines) + "\n```\n"
+
+
+def _for_transformers(facts: Facts) -> bool:
+    """transformers hands every network images of three channels."""
+    return facts.input_size[0] == 3
 
 
 def data_name(data: str) -> str:
