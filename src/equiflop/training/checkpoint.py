@@ -36,7 +36,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], spec: ModelSpec, con
     """
     state = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     note: dict[str, Any] = {"spec": spec.to_json(), "config": config.to_dict() if config is not None else None}
-    content = safetensors.torch.save(state, metadata={"format": "pt", METADATA_KEY: json.dumps(note)})
+    content = safetensors.torch.save(state, metadata={METADATA_KEY: json.dumps(note)})
     write_atomically(path, lambda file: file.write(content))
 
 
