@@ -13,7 +13,9 @@ from equiflop.cli.options import device_option, json_option, workers_option
 @click.argument("checkpoint", required=False)
 @click.option("--data", help="Data set to measure on: its test images.  [default: the one it was trained on]")
 @click.option("--model", help="In place of CHECKPOINT, with --pretrained: timm's name of a model.")
-@click.option("--pretrained", is_flag=True, help="Use the weights that timm publishes for --model (downloads them).")
+@click.option(
+    "--pretrained", is_flag=True, help="Use timm's weights of --model (downloads them), ours from $EQUIFLOP_WEIGHTS."
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images at once.")
 @click.option("--per-class", is_flag=True, help="Also print the accuracy of every class.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and say how many.")
@@ -67,20 +69,24 @@ def command(
         classifier = Classifier.from_timm(str(model))
     if data is None:
         raise click.UsageError("give --data: the file does not say what the model was trained on")
+    if not classifier.classes and neighbours is None:
+        raise click.UsageError(f"{classifier.name} has no classifier; give --neighbours to measure its features")
     images = open_data(data, preprocessing=classifier.preprocessing)
-    classifier.check_classes(images.classes)
     progress = Progress(classifier.name)
     network = classifier.model.to(chosen)
-    result = evaluate(
-        network,
-        images.test,
-        batch_size,
-        chosen,
-        workers=workers,
-        progress=progress,
-        skip_unreadable=skip_unreadable,
-        classes=len(images.classes),
-    )
+    result = None
+    if classifier.classes:
+        classifier.check_classes(images.classes)
+        result = evaluate(
+            network,
+            images.test,
+            batch_size,
+            chosen,
+            workers=workers,
+            progress=progress,
+            skip_unreadable=skip_unreadable,
+            classes=len(images.classes),
+        )
     knn = None
     if neighbours is not None:
         knn = nearest_neighbour_accuracy(
@@ -95,6 +101,11 @@ def command(
             skip_unreadable=skip_unreadable,
         )
     progress.clear()
+    if result is None:  # features alone
+        measured = {"model": classifier.name, "data": images.name, "neighbours": neighbours, "neighbours_top1": knn}
+        text = f"{classifier.name} on {images.name}: accuracy of {neighbours} neighbours {100 * (knn or 0):.2f} %"
+        click.echo(json.dumps(measured, indent=2) if as_json else text)
+        return
     if as_json:
         values = {
             "model": classifier.name,

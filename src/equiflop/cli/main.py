@@ -21,7 +21,8 @@ COMMANDS = {
     ),
     "plot": ("equiflop.cli.plot", "Compare training runs in a figure."),
     "predict": ("equiflop.cli.predict", "Classify image files."),
-    "convert": ("equiflop.cli.convert", "Convert official weights."),
+    "convert": ("equiflop.cli.convert", "Convert official weights, recognised by their keys."),
+    "publish": ("equiflop.cli.publish", "Write a trained model as a folder for the hub, with a model card."),
     "export": ("equiflop.cli.export", "Write a model for a runtime, and prove the file there."),
     "demo": ("equiflop.cli.demo", "Train a small E(ViT) and its plain twin side by side, in minutes."),
 }

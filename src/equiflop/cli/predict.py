@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("--checkpoint", help="What equiflop train wrote: a run's folder, model.safetensors or a checkpoint.")
 @click.option("--model", help="In place of --checkpoint, with --pretrained: timm's name of a model.")
-@click.option("--pretrained", is_flag=True, help="Use the weights that timm publishes for --model (downloads them).")
+@click.option(
+    "--pretrained", is_flag=True, help="Use timm's weights of --model (downloads them), ours from $EQUIFLOP_WEIGHTS."
+)
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to name.")
 @device_option
 @json_option

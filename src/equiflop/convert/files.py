@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -16,13 +17,29 @@ from torch import Tensor
 WRAPPERS = ("model", "model_ema", "state_dict", "state_dict_ema", "teacher", "student")
 #: What compiled, distributed and DINO training put in front of the names.
 PREFIXES = ("_orig_mod.", "module.", "backbone.")
+#: Paths as pickles name them, read as paths that touch no disk and exist on every system.
+_PATHS = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
 
 
-def read_official(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a ``.safetensors`` or PyTorch file, taken out of its wrappers and freed from prefixes.
+@dataclass(frozen=True)
+class OfficialFile:
+    """What a file of official weights holds.
 
-    PyTorch files are read with ``weights_only``: a pickle that would run code is refused. The only class beside tensors
-    and containers that is allowed is ``argparse.Namespace``, in which training scripts leave their arguments.
+    Attributes:
+        state_dict: the weights, taken out of their wrappers and freed from prefixes.
+        trained_as: the official name of the model, where training noted its arguments in the file.
+    """
+
+    state_dict: dict[str, Tensor]
+    trained_as: str | None
+
+
+def read_official(path: str | Path) -> OfficialFile:
+    """Read a ``.safetensors`` or PyTorch file.
+
+    PyTorch files are read with ``weights_only``: a pickle that would run code is refused. The only classes beside
+    tensors and containers that are allowed are ``argparse.Namespace``, in which the official training scripts leave
+    their arguments, and paths, which are among these.
 
     Raises:
         ValueError: if the file is missing, damaged, would run code, or holds no state dict.
@@ -34,12 +51,15 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
         content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    return {_without_prefix(name): tensor for name, tensor in _unwrapped(content, path).items()}
+    state = {_without_prefix(name): tensor for name, tensor in _unwrapped(content, path).items()}
+    arguments = content.get("args")
+    trained_as = arguments.get("model") if isinstance(arguments, Mapping) else getattr(arguments, "model", None)
+    return OfficialFile(state, trained_as if isinstance(trained_as, str) else None)
 
 
 def _load_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_PATHS]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files and refused pickles raise almost anything
         if "Unsupported" in str(error) or "weights_only" in str(error):

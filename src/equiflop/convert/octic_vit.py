@@ -16,6 +16,7 @@ from torch import Tensor
 from equiflop.convert.mapping import Mapping
 from equiflop.grids import grid_decomposition
 from equiflop.models import EquivariantVisionTransformer
+from equiflop.models.transition import ToInvariants
 from equiflop.nn import Block, LayerNorm, LayerScale, Linear, PatchEmbed, PositionEmbedding
 
 #: One-dimensional irreps with their values on the quarter turn and on the left-right mirror.
@@ -51,8 +52,10 @@ def map_octic_vit(mapping: Mapping, model: EquivariantVisionTransformer) -> None
         else:
             mapping.plain_block(block, f"blocks.{i}", f"blocks.{i}")
     if model.design == "invariant":
-        enters = [name for name, _ in model.named_modules() if name.endswith("enter")]
-        mapping.plain(model.get_submodule(f"{enters[0]}.proj"), "invariant_proj", f"{enters[0]}.proj")
+        name, enter = next((name, part) for name, part in model.named_modules() if isinstance(part, ToInvariants))
+        if enter.invariants.kind != "norm":
+            raise ValueError(f"invariants={enter.invariants.kind!r} are not those of the official networks; use 'norm'")
+        mapping.plain(enter.proj, "invariant_proj", f"{name}.proj")
     for name, parameter in model.norm.named_parameters(recurse=False):
         mapping.out[f"norm.{name}"] = mapping.official.take(f"norm.{name}", parameter.shape)
     mapping.plain(model.head, "head", "head")

@@ -22,6 +22,8 @@ from equiflop.models.equivariant_convnext import EquivariantConvNeXt, Equivarian
 from equiflop.models.equivariant_resmlp import EquivariantResMLP
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
 from equiflop.models.isotropic_convnext import IsotropicConvNeXt
+from equiflop.models.pretrained import WEIGHTS_VARIABLE, find_pretrained
+from equiflop.timm_compat import update_model_args
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,13 @@ def equivariant_models() -> list[str]:
     return list(_PLAIN_TWINS)
 
 
+def model_keywords(name: str) -> dict[str, Any]:
+    """All keywords of an equivariant model, with the values that its name stands for."""
+    row = _MODELS[name]
+    defaults = {key: value.default for key, value in inspect.signature(row.family.model_class).parameters.items()}
+    return defaults | row.keywords({})
+
+
 def registered_twin(plain: str) -> str | None:
     """The registered E(ResMLP) or E(ConvNeXt) whose plain twin has this name, tag or not; None for other names.
 
@@ -246,29 +255,45 @@ def _input_cfg(family: _Family) -> dict[str, Any]:
     }
 
 
-def _refuse_pretrained(name: str, kwargs: dict[str, Any]) -> None:
-    """Stop unless the caller's ``pretrained_cfg`` says where there are weights.
-
-    Raises:
-        ValueError: if there are none.
-    """
+def _names_source(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the caller says where there are weights."""
     sources = ("url", "file", "state_dict", "hf_hub_id")
     for cfg in (kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")):
         values = cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})
         if any(values.get(source) for source in sources):
-            return
-    how = f"; convert official ones: equiflop convert IN --model {name} -o OUT" if name in _PLAIN_TWINS else ""
-    raise ValueError(f"pretrained=True: there are no weights of {name} to download{how}")
+            return True
+    return False
+
+
+def _with_weights(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords, with a source of weights and what else the model was trained with.
+
+    Raises:
+        ValueError: if there are no weights.
+    """
+    tag = kwargs.get("pretrained_cfg")
+    found = None
+    if tag is None or isinstance(tag, str):
+        found = find_pretrained(name, tag, kwargs.get("cache_dir"))
+    if found is None:
+        raise ValueError(
+            f"pretrained=True: there are no weights of {name} to download; set {WEIGHTS_VARIABLE} to a folder or to "
+            "hf-hub:OWNER where there are, or pretrained_cfg_overlay=dict(file=...); official ones become such a file "
+            "by: equiflop convert IN -o OUT"
+        )
+    sources = {"pretrained_cfg": found.cfg, "pretrained_model_args": found.model_args}
+    return {**found.model_args, **kwargs, **sources}
 
 
 def _entry_point(name: str, row: _Row) -> Callable[..., nn.Module]:
     family = row.family
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if pretrained:
-            _refuse_pretrained(name, kwargs)
+        if pretrained and not _names_source(kwargs):
+            kwargs = _with_weights(name, kwargs)
+        made_with = kwargs.get("pretrained_model_args") or {}
         out_indices = kwargs.pop("out_indices", family.last_features)
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             family.model_class,
             name,
             pretrained,
@@ -276,6 +301,9 @@ def _entry_point(name: str, row: _Row) -> Callable[..., nn.Module]:
             pretrained_filter_fn=getattr(family.model_class, "fit_checkpoint", None),
             **row.keywords(kwargs),
         )
+        if made_with:
+            update_model_args(model, **made_with)
+        return model
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"{name}: {family.model_class.__name__} with {row.keywords({})}."

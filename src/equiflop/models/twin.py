@@ -392,6 +392,9 @@ def equiflop_twin(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     features: dict[str, Any] = {key: kwargs.pop(key) for key in of_features if key in kwargs}
     if pretrained and not kwargs.get("pretrained_cfg"):
         raise ValueError("pretrained=True: there are no weights of twins to download")
+    noted = kwargs.get("pretrained_cfg")
+    if isinstance(noted, dict) and "num_classes" in noted:
+        kwargs.setdefault("num_classes", noted["num_classes"])
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     if overlay:
         features["pretrained_cfg_overlay"] = overlay

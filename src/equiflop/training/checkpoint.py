@@ -15,14 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from equiflop.files import write_atomically
+from equiflop.models.pretrained import METADATA_KEY, WEIGHTS_FILE
 from equiflop.training.config import TrainConfig
 from equiflop.training.model_spec import ModelSpec
 from equiflop.training.sharding import load_whole
 from equiflop.training.state import CHECKPOINT_FOLDER, STATE_FILE, CheckpointError, load_state, saved_states
-
-#: Name of the final weights in a run's folder.
-WEIGHTS_FILE = "model.safetensors"
-_METADATA_KEY = "equiflop"
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], spec: ModelSpec, config: TrainConfig | None = None) -> None:
@@ -39,7 +36,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], spec: ModelSpec, con
     """
     state = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     note: dict[str, Any] = {"spec": spec.to_json(), "config": config.to_dict() if config is not None else None}
-    content = safetensors.torch.save(state, metadata={_METADATA_KEY: json.dumps(note)})
+    content = safetensors.torch.save(state, metadata={METADATA_KEY: json.dumps(note)})
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -135,10 +132,10 @@ def _read_safetensors(path: Path) -> tuple[ModelSpec, TrainConfig | None, dict[s
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-    if _METADATA_KEY not in metadata:
+    if METADATA_KEY not in metadata:
         raise CheckpointError(f"{path}: does not say which model it belongs to (not written by equiflop train)")
     try:
-        note = json.loads(metadata[_METADATA_KEY])
+        note = json.loads(metadata[METADATA_KEY])
         config = TrainConfig.from_dict(note["config"]) if note["config"] is not None else None
         return ModelSpec.from_json(note["spec"]), config, state
     except (KeyError, TypeError, ValueError) as error:

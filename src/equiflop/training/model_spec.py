@@ -15,6 +15,7 @@ from torch import nn
 from equiflop.data import Preprocessing
 from equiflop.models.entry_points import TWIN
 from equiflop.models.twin import twin
+from equiflop.timm_compat import get_model_input_config
 
 
 def check_model_name(name: str) -> None:
@@ -82,12 +83,17 @@ def input_keywords(name: str, input_size: tuple[int, int, int]) -> dict[str, Any
     return keywords
 
 
-def published_preprocessing(name: str) -> Preprocessing | None:
-    """What timm notes down about the input of a model; None where it notes nothing."""
-    config = timm.get_pretrained_cfg(name.removeprefix(TWIN))
-    if config is None:
-        return None
-    return Preprocessing(config.input_size, config.mean, config.std, config.interpolation, config.crop_pct)
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """The input of a model that timm made, as its weights want it.
+
+    Raises:
+        ValueError: if nothing is noted about it.
+    """
+    noted: Any = getattr(model, "pretrained_cfg", None)
+    if not noted:
+        raise ValueError(f"nothing is noted about the input of this {type(model).__name__}")
+    size = tuple(get_model_input_config(model)["input_size"])
+    return Preprocessing(size, tuple(noted["mean"]), tuple(noted["std"]), noted["interpolation"], noted["crop_pct"])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from equiflop.data import Preprocessing
 from equiflop.training.checkpoint import load_model
 from equiflop.training.config import TrainConfig
-from equiflop.training.model_spec import create_model, published_preprocessing
+from equiflop.training.model_spec import create_model, preprocessing_of
 
 
 class Objective(nn.Module):
@@ -121,7 +121,7 @@ class Teacher(nn.Module):
             count = getattr(model, "num_classes", None)
             if count != len(classes):
                 raise ValueError(f"teacher={source!r} answers on {count} classes, the data has {len(classes)}")
-            own = published_preprocessing(source) or preprocessing
+            own = preprocessing_of(model)
         if own.input_size[0] != preprocessing.input_size[0]:
             raise ValueError(
                 f"teacher={source!r} takes images of {own.input_size[0]} channels, the network of "

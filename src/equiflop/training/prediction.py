@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from equiflop.data import Preprocessing, read_image
 from equiflop.data.splits import image_transform
 from equiflop.training.checkpoint import TrainedModel, load_model
-from equiflop.training.model_spec import create_model, published_preprocessing
+from equiflop.training.model_spec import create_model, preprocessing_of
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,13 @@ class Classifier:
 
     @classmethod
     def from_timm(cls, name: str) -> Classifier:
-        """A network with the weights that timm publishes for it, downloaded if necessary.
+        """A network with its published weights: timm's, downloaded if necessary, or those in ``EQUIFLOP_WEIGHTS``.
 
         Raises:
             ValueError: if the name is unknown or there are no such weights.
         """
         model = create_model(name, {}, pretrained=True).eval()
-        preprocessing = published_preprocessing(name)
-        if preprocessing is None:
-            raise ValueError(f"model={name!r}: timm says nothing about its input, so its weights cannot be used")
-        return cls(name, model, published_classes(model), preprocessing)
+        return cls(name, model, published_classes(model), preprocessing_of(model))
 
     def check_classes(self, classes: tuple[str, ...]) -> None:
         """See that a data set has this network's classes.
@@ -112,8 +109,10 @@ def predict(classifier: Classifier, path: str | Path, device: torch.device, coun
         count: how many classes to name.
 
     Raises:
-        ValueError: if the file cannot be read or the logits are not finite.
+        ValueError: if the file cannot be read, the logits are not finite, or the network has no classifier.
     """
+    if not classifier.classes:
+        raise ValueError(f"{classifier.name} has no classifier: its weights make features alone")
     channels = classifier.preprocessing.input_size[0]
     pixels = image_transform(classifier.preprocessing)(read_image(path, channels))
     model = classifier.model.to(device)
@@ -137,10 +136,13 @@ def _best(logits: Tensor, classes: tuple[str, ...], count: int) -> tuple[Answer,
 
 
 def published_classes(model: nn.Module) -> tuple[str, ...]:
-    """Names of a model's classes: ImageNet's names where timm knows that the model was trained on it, else numbers."""
+    """Names of a model's classes: those noted beside its weights, else ImageNet's by their number, else numbers."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     count = int(model.num_classes)  # type: ignore[arg-type]
+    noted = getattr(model, "pretrained_cfg", {}).get("label_names")
+    if noted and len(noted) == count:
+        return tuple(noted)
     subset = infer_imagenet_subset(model)
     if subset is None:
         return tuple(map(str, range(count)))

@@ -11,7 +11,8 @@ from equiflop.training.checkpoint import load_model, load_weights
 def start_from(model: nn.Module, source: str, input_size: tuple[int, int, int]) -> None:
     """Take the weights of a trained network.
 
-    Position embeddings are resampled to the new input size; a classifier for another number of classes is not taken.
+    Position embeddings are resampled to the new input size; a classifier for another number of classes is not taken,
+    and there need not be one.
 
     Args:
         model: the network, freshly initialised.
@@ -30,7 +31,7 @@ def start_from(model: nn.Module, source: str, input_size: tuple[int, int, int]) 
     heads = {id(parameter) for parameter in classifier.parameters()} if classifier is not None else set()
     head_names = {name for name, parameter in model.named_parameters() if id(parameter) in heads}
     for name in head_names:
-        if name in state and state[name].shape != own[name].shape:
+        if name not in state or state[name].shape != own[name].shape:
             state[name] = own[name]
     load_weights(model, state, source)
 
