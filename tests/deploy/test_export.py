@@ -19,6 +19,7 @@ from torch import nn
 import equiflop
 from equiflop.data import Preprocessing, open_data
 from equiflop.deploy import Exported, ExportError, export, proof
+from equiflop.deploy.export import _plain_of
 from equiflop.deploy.subject import Subject
 from equiflop.deploy.targets import TARGETS, Target
 from equiflop.models import PoseEstimator, Segmenter
@@ -181,6 +182,19 @@ def test_accuracy_before_and_after(photos: str, tmp_path: Path) -> None:
         with torch.no_grad():
             assert accuracy == pytest.approx((network(batch.images).argmax(1) == batch.labels).float().mean().item())
     assert export(VIT, tmp_path / "net.onnx", settings=SMALL, data=photos).proof.accuracy is None  # other classes
+
+
+def test_the_plain_twin_of_a_run_has_its_sizes(tmp_path: Path) -> None:
+    """Grey images, two blocks: not the full network of the registry."""
+    keywords = {**SMALL, "in_chans": 1}
+    model = timm.create_model(VIT, **keywords)
+    kept = {key: value for key, value in keywords.items() if key != "num_classes"}
+    spec = ModelSpec(VIT, kept, tuple("abcdefg"), Preprocessing((1, 32, 32), (0.5,), (0.25,)))
+    save_weights(tmp_path / "grey.safetensors", model.state_dict(), spec)
+    made = export(tmp_path / "grey.safetensors", tmp_path / "net.onnx", images=3, compare=True)
+    small = sum(p.numel() for p in timm.create_model("deit3_small_patch16_224", **keywords).parameters())
+    assert made.proof.speedup and made.proof.plain is not None
+    assert sum(p.numel() for p in _plain_of(Subject.of(tmp_path / "grey.safetensors")).model.parameters()) == small
 
 
 @pytest.mark.slow

@@ -371,7 +371,7 @@ def test_the_table_is_complete() -> None:
     names = {f"{operation}/{variant.name}" for operation, variants in TABLE.items() for variant in variants}
     assert names == {
         *("branches/parts", "branches/lanes", "branches/eager", "layer_norm/torch", "layer_norm/lanes"),
-        *("attention/written out", "activation/rational"),
+        *("attention/written out", "activation/rational", "branches/triton"),
         *("branches/stacked", "branches/runtime", "layer_norm/runtime", "linear/runtime"),
     }
     assert all(variant.when for variants in TABLE.values() for variant in variants)
