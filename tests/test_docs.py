@@ -22,7 +22,7 @@ from equiflop.cli.main import COMMANDS, main
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: Blocks of Python that no test here runs, each with its reason in a comment above it.
-NOT_RUN = 1
+NOT_RUN = 2
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^]]*\]\(([^()\s]+)\)")
