@@ -17,7 +17,7 @@ from equiflop.deploy.proof import Proof
 from equiflop.deploy.subject import Subject
 from equiflop.deploy.targets import Settings, Target, quiet, target_of
 from equiflop.files import workshop
-from equiflop.models.entry_points import plain_twin
+from equiflop.models.entry_points import plain_settings, plain_twin
 from equiflop.warnings import EquiflopWarning
 
 #: Images by which the ranges of int8 are found; fewer draw a warning.
@@ -167,12 +167,12 @@ def _plain_of(subject: Subject) -> Subject:
     if subject.group is None:
         raise ValueError(f"compare=True: {subject.name} is a plain network itself")
     try:
-        name, _ = plain_twin(subject.name)
+        name, overrides = plain_twin(subject.name)
     except ValueError as error:
         raise ValueError(f"compare=True: {error}") from error
-    own = ("group", "heads", "invariants", "multiplicities", "norm_eps", "norm_weighting", "token_std", "design")
-    weights = ("pretrained", "checkpoint_path")
-    keywords = {key: value for key, value in subject.keywords.items() if key not in (*own, *weights)}
+    keywords = overrides | plain_settings(subject.name, subject.keywords)
+    for source in ("pretrained", "checkpoint_path"):
+        keywords.pop(source, None)
     channels, *size = subject.input_size
     given = {"num_classes": len(subject.classes), "in_chans": channels}
     return Subject.of(name, {**given, **keywords}, (size[0], size[1]))
