@@ -77,7 +77,7 @@ def measure(what: Any, tile: Tile | None, n_in: int, n_out: int, arch: int) -> d
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, _ = kernel(what)
+    function = kernel(what)
     if tile is None:
         known = {"N": n_in, "WIDTH": 1 << (n_in - 1).bit_length(), "BM": launch.NORM_ROWS}
         options = {"num_warps": launch.NORM_WARPS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -24,37 +24,39 @@ CAPABILITY = (8, 0)
 #: Lanes of fewer channels fill no tile.
 CHANNELS = 16
 
-_wanted = os.environ.get("EQUIFLOP_TRITON", "1") != "0"
-_anywhere = False
+#: Where kernels are taken.
+_where: Literal["nowhere", "on GPUs", "anywhere"] = "nowhere" if os.environ.get("EQUIFLOP_TRITON") == "0" else "on GPUs"
 
 
 @contextmanager
-def without_triton() -> Iterator[None]:
+def _taken(where: Literal["nowhere", "anywhere"]) -> Iterator[None]:
+    global _where
+    before, _where = _where, where
+    try:
+        yield
+    finally:
+        _where = before
+
+
+def without_triton() -> AbstractContextManager[None]:
     """Within this context GPUs take the form that a compiler or PyTorch's own operations make, to compare with."""
-    global _wanted
-    before, _wanted = _wanted, False
-    try:
-        yield
-    finally:
-        _wanted = before
+    return _taken("nowhere")
 
 
-@contextmanager
-def anywhere() -> Iterator[None]:
+def anywhere() -> AbstractContextManager[None]:
     """Within this context kernels are taken on any device and in any dtype, for the interpreter and for tracing."""
-    global _anywhere
-    before, _anywhere = _anywhere, True
-    try:
-        yield
-    finally:
-        _anywhere = before
+    return _taken("anywhere")
 
 
 def fits(x: Tensor, layout: Layout, parts: Sequence[Parts]) -> bool:
     """Whether the kernels compute all of these branches."""
-    if not _wanted or torch._C._are_functorch_transforms_active() or not (is_traced_for_kernels() or is_eager(x)):
+    if (
+        _where == "nowhere"
+        or torch._C._are_functorch_transforms_active()
+        or not (is_traced_for_kernels() or is_eager(x))
+    ):
         return False
-    if not (_anywhere or _is_for(x)) or not branches.fits(x, layout, parts):
+    if not (_where == "anywhere" or _is_for(x)) or not branches.fits(x, layout, parts):
         return False
     if not layout.code or (layout.copies or 0) < CHANNELS:
         return False
@@ -81,8 +83,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _fits_body(body: Mlp | Attention) -> bool:
     if isinstance(body, Attention):
         return True
-    whole = body.hidden.copies is not None and all(span.multiplicity for span in body.hidden.spans)
-    return whole and body.bias1 is None and body.bias2 is None and bool(activation_of(body.act))
+    return bool(body.hidden.code) and body.bias1 is None and body.bias2 is None and bool(activation_of(body.act))
 
 
 def activation_of(act: nn.Module) -> str:

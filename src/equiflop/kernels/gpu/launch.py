@@ -31,7 +31,7 @@ def is_interpreted() -> bool:
 def _tuned(what: Any, tiles: tuple[Tile, ...], programs: int, keys: tuple[str, ...]) -> Any:
     import triton
 
-    function, _ = kernel(what)
+    function = kernel(what)
     names = set(function.arg_names)
     configs = [
         triton.Config(
@@ -52,7 +52,7 @@ def _run(
     device: torch.device,
 ) -> None:
     if is_interpreted():
-        function, _ = kernel(what)
+        function = kernel(what)
         constants = {k: v for k, v in sizes.INTERPRETED.constants(3).items() if k in function.arg_names}
         function[grid](**arguments, **constants)
         return
@@ -238,7 +238,7 @@ def schur_norm(
     if bias is not None:
         arguments["bias"] = bias
     if count:
-        function, _ = kernel(Norm(known, tuple(entries), weight is not None, bias is not None))
+        function = kernel(Norm(known, tuple(entries), weight is not None, bias is not None))
         wrap_triton(function)[(_ceil(count, NORM_ROWS),)](**arguments, num_warps=NORM_WARPS)
     return [y, inverse]
 
@@ -288,7 +288,7 @@ def schur_norm_backward(
         arguments |= {"dx_before": dx_before, "dx_before_row": dx_before.stride(0)}
     if count:
         what = NormBackward(known, tuple(entries), weight is not None, has_bias, dx_before is not None)
-        function, _ = kernel(what)
+        function = kernel(what)
         wrap_triton(function)[(programs,)](**arguments, num_warps=NORM_WARPS)
     return [dx, sums.sum(0)]
 

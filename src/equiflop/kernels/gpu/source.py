@@ -197,8 +197,8 @@ def _wide(name: str, interpreted: bool) -> str:
     return f"{name}.to(tl.float32)" if interpreted else name
 
 
-def product_source(what: Product) -> tuple[str, list[str]]:
-    """The source of a product and the names of its arguments in front of the tile's sizes.
+def product_source(what: Product) -> str:
+    """The source of a product.
 
     Tensors: ``x`` of rows ``x_row`` apart, ``w0, w1, ...`` of every irrep with the steps ``w0_out, w0_in``, ``bias``,
     ``residual``, ``path``, ``kept``, and the outputs ``out`` (and ``out_kept`` or ``out_active``).
@@ -214,8 +214,7 @@ def product_source(what: Product) -> tuple[str, list[str]]:
     pointers += ["out_active"] if what.slopes else []
     numbers = ["M", "SCALE_OF_M", "TOKENS", "x_row", "out_row"]
     numbers += [f"w{i}_{side}" for i in range(count) for side in ("out", "in")]
-    lines = _Lines()
-    emit = lines
+    lines = emit = _Lines()
     emit("rows_of_tiles = tl.cdiv(M, BM)")
     emit("per_section = tl.cdiv(N_OUT, BN)")
     emit(f"columns_of_tiles = per_section * {what.sections_out}")
@@ -277,7 +276,7 @@ def product_source(what: Product) -> tuple[str, list[str]]:
     arguments = [*pointers, *numbers]
     constants = ["N_IN", "N_OUT", "BM", "BN", "BK", "BAND", "PROGRAMS"]
     name = f"product_{what.reads}_to_{what.writes}" + (f"_{what.activation}" if what.activation else "")
-    return _function(name + ("_backward" if what.slopes else ""), arguments, constants, lines), arguments
+    return _function(name + ("_backward" if what.slopes else ""), arguments, constants, lines)
 
 
 def _finish(lines: _Lines, what: Product, results: list[str]) -> None:
@@ -315,15 +314,14 @@ def _finish(lines: _Lines, what: Product, results: list[str]) -> None:
         emit(f"tl.store(out + {place}, {name}.to(out.dtype.element_ty), mask=inside)")
 
 
-def weight_gradient_source(what: WeightGradient) -> tuple[str, list[str]]:
-    """The source of the gradients of all weights and its arguments in front of the tile's sizes.
+def weight_gradient_source(what: WeightGradient) -> str:
+    """The source of the gradients of all weights.
 
     ``dy`` and ``x`` are rows of lanes; ``out`` holds, for every part of the rows, the irreps' weights one behind the
     other, in float32.
     """
     lanes = what.lanes
-    lines = _Lines()
-    emit = lines
+    lines = emit = _Lines()
     emit("per_section = tl.cdiv(N_OUT, BN)")
     emit("across = tl.cdiv(N_IN, BK)")
     emit(f"tiles = per_section * {what.sections} * across")
@@ -367,7 +365,7 @@ def weight_gradient_source(what: WeightGradient) -> tuple[str, list[str]]:
         if a == b == width - 1:
             before += width * width * what.sections
     arguments = ["dy", "x", "out", "M", "SCALE_OF_M", "LENGTH", "dy_row", "x_row"]
-    return _function("weight_gradient", arguments, ["N_IN", "N_OUT", "BM", "BN", "BK"], lines), arguments
+    return _function("weight_gradient", arguments, ["N_IN", "N_OUT", "BM", "BN", "BK"], lines)
 
 
 def _load_lanes(lines: _Lines, lanes: Lanes, pointer: str, name: str) -> None:
@@ -401,11 +399,10 @@ def _parameter_places(lanes: Lanes) -> list[int]:
     return [starts[i] + j for i, _, j in lanes.places()]
 
 
-def norm_source(what: Norm) -> tuple[str, list[str]]:
+def norm_source(what: Norm) -> str:
     """The source of a layer norm: ``x`` to ``y``, rows ``x_row`` and ``y_row`` apart; ``inverse`` per row is kept."""
     lanes = what.lanes
-    lines = _Lines()
-    emit = lines
+    lines = emit = _Lines()
     emit("n = tl.arange(0, WIDTH)")
     emit("m = tl.program_id(0) * BM + tl.arange(0, BM)")
     emit("inside = (m < M)[:, None] & (n < N)[None, :]")
@@ -427,10 +424,10 @@ def norm_source(what: Norm) -> tuple[str, list[str]]:
         emit(f"tl.store(y + row * y_row + ({lane} * N + n)[None, :], ({value}).to(y.dtype.element_ty), mask=inside)")
     arguments = ["x", *(["weight"] if what.weight else []), *(["bias"] if what.bias else []), "y", "inverse"]
     arguments += ["M", "x_row", "y_row", "eps"]
-    return _function("norm", arguments, ["N", "WIDTH", "BM"], lines), arguments
+    return _function("norm", arguments, ["N", "WIDTH", "BM"], lines)
 
 
-def norm_backward_source(what: NormBackward) -> tuple[str, list[str]]:
+def norm_backward_source(what: NormBackward) -> str:
     """The source of a layer norm's gradients.
 
     ``dy`` and, along the residual stream, ``dx_before`` to ``dx``; per program one row of ``sums``: the gradients of
@@ -438,8 +435,7 @@ def norm_backward_source(what: NormBackward) -> tuple[str, list[str]]:
     """
     lanes = what.lanes
     places, parameters = lanes.places(), _parameter_places(lanes)
-    lines = _Lines()
-    emit = lines
+    lines = emit = _Lines()
     emit("n = tl.arange(0, WIDTH)")
     used = sorted(set(parameters))
     if what.weight:
@@ -488,7 +484,7 @@ def norm_backward_source(what: NormBackward) -> tuple[str, list[str]]:
     arguments = ["x", "dy", *(["dx_before"] if what.residual else []), *(["weight"] if what.weight else [])]
     arguments += ["inverse", "dx", *(["sums"] if count else []), "M", "x_row", "dy_row"]
     arguments += [*(["dx_before_row"] if what.residual else []), "dx_row"]
-    return _function("norm_backward", arguments, ["N", "WIDTH", "BM"], lines), arguments
+    return _function("norm_backward", arguments, ["N", "WIDTH", "BM"], lines)
 
 
 def _function(name: str, arguments: Sequence[str], constants: Sequence[str], lines: _Lines) -> str:
@@ -497,7 +493,7 @@ def _function(name: str, arguments: Sequence[str], constants: Sequence[str], lin
 
 
 #: Writes the source of a kernel.
-WRITERS: dict[type, Callable[[Any], tuple[str, list[str]]]] = {
+WRITERS: dict[type, Callable[[Any], str]] = {
     Product: product_source,
     WeightGradient: weight_gradient_source,
     Norm: norm_source,
@@ -506,14 +502,14 @@ WRITERS: dict[type, Callable[[Any], tuple[str, list[str]]]] = {
 
 
 @lru_cache(maxsize=1024)
-def kernel(what: Product | WeightGradient | Norm | NormBackward) -> tuple[Any, tuple[str, ...]]:
-    """The Triton function and the names of its arguments in front of its constants."""
+def kernel(what: Product | WeightGradient | Norm | NormBackward) -> Any:
+    """The Triton function."""
     import triton
     import triton.language as tl
 
-    source, arguments = WRITERS[type(what)](what)
+    source = WRITERS[type(what)](what)
     name = f"<equiflop {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     space: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}
     exec(compile(source, name, "exec"), space)
-    return triton.jit(space[source[4 : source.index("(")]]), tuple(arguments)
+    return triton.jit(space[source[4 : source.index("(")]])
