@@ -23,7 +23,9 @@ from typing import Any
 from equiflop.files import write_text
 from equiflop.groups import FiniteGroup, Rep, cyclic, dihedral, direct_product
 from equiflop.kernels.gpu import launch, tiles
-from equiflop.kernels.gpu.source import Norm, NormBackward, Product, WeightGradient, kernel
+from equiflop.kernels.gpu.norms import Norm, NormBackward
+from equiflop.kernels.gpu.products import Product, WeightGradient
+from equiflop.kernels.gpu.source import kernel
 from equiflop.kernels.gpu.tiles import Tile
 from equiflop.kernels.lanes import Lanes, decode
 from equiflop.kernels.layout import layout_of

@@ -19,7 +19,7 @@ from equiflop.kernels import Layout, layout_of, orders, schur
 from equiflop.kernels import norm as norms
 from equiflop.kernels.gpu import branch, functions
 from equiflop.kernels.gpu.functions import Map
-from equiflop.kernels.gpu.source import ACTIVATIONS, Axis
+from equiflop.kernels.gpu.products import ACTIVATIONS, Axis
 from equiflop.kernels.lanes import Lanes, decode
 from equiflop.kernels.orders import Order
 from equiflop.nn import Block

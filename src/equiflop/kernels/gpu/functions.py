@@ -14,7 +14,7 @@ from equiflop.kernels.gpu.launch import (
     schur_product,
     schur_weight_gradient,
 )
-from equiflop.kernels.gpu.source import Axis
+from equiflop.kernels.gpu.products import Axis
 
 
 class Map(NamedTuple):

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from equiflop.kernels.gpu import tiles as sizes
-from equiflop.kernels.gpu.source import Norm, NormBackward, Product, WeightGradient, kernel
+from equiflop.kernels.gpu.norms import Norm, NormBackward
+from equiflop.kernels.gpu.products import Product, WeightGradient
+from equiflop.kernels.gpu.source import kernel
 from equiflop.kernels.gpu.tiles import Tile
 from equiflop.kernels.lanes import decode
 

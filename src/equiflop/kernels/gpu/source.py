@@ -1,9 +1,6 @@
-"""The source of Triton kernels for a group: one program computes the same tile of all irreps.
+"""Sources of Triton kernels that are written line by line for a group.
 
-A product by Schur's lemma reads and writes ``|G|`` lanes of equal length (``Layout``). A program keeps one accumulator
-per lane, walks the length of a lane, and has all irreps of its tile in registers at the end. The change of basis is
-then a few additions between accumulators in float32, and activation, bias, residual and the order of heads cost no
-trip to memory. Which additions, the group's transform says (``FourierPlan``): the kernels are written for any group
+Which additions change the basis, the group's transform says (``FourierPlan``): the kernels are written for any group
 that has one and whose irreps are all of real type.
 """
 
@@ -11,120 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Protocol
 
 from equiflop.groups import FourierPlan
-from equiflop.kernels.lanes import Lanes
-
-#: The order of an axis: by irreps, the group's own basis, or heads that share every irrep.
-Axis = Literal["irreps", "group", "heads"]
-
-#: What comes behind a product is done for so many parts of its tile, one after the other: that takes fewer registers.
-PIECES = 4
-#: What a pointwise function and its derivative are, of ``z`` in float32.
-ACTIVATIONS: dict[str, tuple[str, str]] = {
-    "gelu": (
-        "0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))",
-        "0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)",
-    ),
-    "quick_gelu": (
-        "z * tl.sigmoid(1.702 * z)",
-        "tl.sigmoid(1.702 * z) * (1.0 + 1.702 * z * (1.0 - tl.sigmoid(1.702 * z)))",
-    ),
-    "silu": ("z * tl.sigmoid(z)", "tl.sigmoid(z) * (1.0 + z * (1.0 - tl.sigmoid(z)))"),
-    "relu": ("tl.maximum(z, 0.0)", "tl.where(z > 0.0, 1.0, 0.0)"),
-}
 
 
-@dataclass(frozen=True)
-class Product:
-    """Which product a kernel computes.
+class Kernel(Protocol):
+    """What a kernel computes; hashable."""
 
-    Attributes:
-        lanes: of both sides.
-        reads: order of the input's axis.
-        writes: order of the output's axis.
-        sections_in: parts of equal type behind each other in the input; the products of all are summed.
-        sections_out: the same of the output.
-        heads: that share every irrep, where an order is ``"heads"``.
-        activation: applied in the group's basis, in between the two changes of basis; for ``writes="irreps"``.
-        keeps: whether the values before the activation are written too, in the group's basis.
-        slopes: the product is the gradient behind the activation: in the group's basis it is multiplied by the
-            derivative at the kept values, taken back, and written beside what the activation had given.
-        bias: whether there is one, on the trivial irrep.
-        residual: whether something is added.
-        path: whether what is added to the residual has a factor per sample (stochastic depth).
-        interpreted: whether the interpreter runs it: its products of bfloat16 are wrong, so operands are cast up.
-    """
-
-    lanes: Lanes
-    reads: Axis
-    writes: Axis
-    sections_in: int = 1
-    sections_out: int = 1
-    heads: int = 1
-    activation: str | None = None
-    keeps: bool = False
-    slopes: bool = False
-    bias: bool = False
-    residual: bool = False
-    path: bool = False
-    interpreted: bool = False
+    def source(self) -> str:
+        """The kernel's source: one function."""
+        ...
 
 
-@dataclass(frozen=True)
-class WeightGradient:
-    """The gradients of a product's weights, in kernels that read rows of irreps on both sides.
-
-    Attributes:
-        lanes: of both sides.
-        reads: order of the product's input.
-        writes: order of the gradient of its output.
-        sections: parts of the output.
-        heads: as in :class:`Product`.
-        interpreted: as in :class:`Product`.
-    """
-
-    lanes: Lanes
-    reads: Axis
-    writes: Axis
-    sections: int = 1
-    heads: int = 1
-    interpreted: bool = False
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Which layer norm a kernel computes.
-
-    Attributes:
-        lanes: of the feature.
-        entries: weight of an entry's square in the variance, by irrep.
-        weight: whether there are factors per (irrep, multiplicity).
-        bias: whether there is one, on the trivial irrep.
-    """
-
-    lanes: Lanes
-    entries: tuple[float, ...]
-    weight: bool
-    bias: bool
-
-
-@dataclass(frozen=True)
-class NormBackward(Norm):
-    """The gradients of a layer norm.
-
-    Attributes:
-        residual: whether a gradient comes along the residual stream, to which the norm's is added.
-    """
-
-    residual: bool = False
-
-
-class _Lines:
+class Lines:
     """Source that grows line by line."""
 
     def __init__(self) -> None:
@@ -146,7 +45,7 @@ class _Lines:
 class _Value:
     """A tensor of the kernel, so that a transform by additions can be asked for its source."""
 
-    def __init__(self, name: str, lines: _Lines) -> None:
+    def __init__(self, name: str, lines: Lines) -> None:
         self.name, self.lines = name, lines
 
     def __add__(self, other: _Value) -> _Value:
@@ -159,355 +58,26 @@ class _Value:
         return _Value(self.lines.new(f"-{self.name}"), self.lines)
 
 
-def _transformed(names: Sequence[str], plan: FourierPlan, lines: _Lines, to_group: bool) -> list[str]:
+def transformed(names: Sequence[str], plan: FourierPlan, lines: Lines, to_group: bool) -> list[str]:
+    """One variable per lane to the group's basis, or back to irreps."""
     values: Any = [_Value(name, lines) for name in names]
     results: list[Any] = plan.synthesise(values) if to_group else plan.analyse(values)
     return [value.name for value in results]
 
 
-def _offsets(lanes: Lanes, axis: Axis, index: str, copies: str, heads: int, section: str) -> list[str]:
-    """Where lane after lane lies on an axis, for the channels ``index`` of a lane of ``copies`` channels."""
-    before = f"{section} * ({lanes.count} * {copies}) + " if section != "0" else ""
-    if axis != "heads":
-        return [f"{before}{place} * {copies} + {index}" for place in range(lanes.count)]
-    found = []
-    for i, row, j in lanes.places():
-        lead = lanes.before(i)
-        width = f"({lanes.spans[i][1]} * {copies} // {heads})"
-        within = f"({j} * {copies} + {index})"
-        head = f"{within} // {width} * ({lanes.count} * {copies} // {heads})"
-        found.append(f"{before}{head} + {lead} * {copies} // {heads} + {row} * {width} + {within} % {width}")
-    return found
-
-
-def _operands(lines: _Lines, lanes: Lanes, axis: Axis, pointer: str, at: Sequence[str], mask: str) -> list[str]:
-    """The rows of all irreps, read from an axis in any order."""
-    names = []
-    for offset in at:
-        place = f"{pointer} + row * {pointer}_row + ({offset})[None, :]"
-        names.append(lines.new(f"tl.load({place}, mask={mask}, other=0.0)"))
-    if axis != "group":
-        return names
-    wide = [lines.new(f"{name}.to(tl.float32)") for name in names]
-    sums = _transformed(wide, lanes.plan, lines, to_group=False)
-    return [lines.new(f"{name}.to({pointer}.dtype.element_ty)") for name in sums]
-
-
-def _wide(name: str, interpreted: bool) -> str:
-    return f"{name}.to(tl.float32)" if interpreted else name
-
-
-def product_source(what: Product) -> str:
-    """The source of a product.
-
-    Tensors: ``x`` of rows ``x_row`` apart, ``w0, w1, ...`` of every irrep with the steps ``w0_out, w0_in``, ``bias``,
-    ``residual``, ``path``, ``kept``, and the outputs ``out`` (and ``out_kept`` or ``out_active``).
-    """
-    lanes, count = what.lanes, len(what.lanes.spans)
-    pointers = ["x", *(f"w{i}" for i in range(count))]
-    pointers += ["bias"] if what.bias else []
-    pointers += ["residual"] if what.residual else []
-    pointers += ["path"] if what.path else []
-    pointers += ["kept"] if what.slopes else []
-    pointers += ["out"]
-    pointers += ["out_kept"] if what.keeps else []
-    pointers += ["out_active"] if what.slopes else []
-    numbers = ["M", "SCALE_OF_M", "TOKENS", "x_row", "out_row"]
-    numbers += [f"w{i}_{side}" for i in range(count) for side in ("out", "in")]
-    lines = emit = _Lines()
-    emit("rows_of_tiles = tl.cdiv(M, BM)")
-    emit("per_section = tl.cdiv(N_OUT, BN)")
-    emit(f"columns_of_tiles = per_section * {what.sections_out}")
-    emit("for tile in range(tl.program_id(0), rows_of_tiles * columns_of_tiles, tl.num_programs(0)):")
-    lines.depth = 2
-    emit("first = tile // (BAND * columns_of_tiles) * BAND")
-    emit("band = tl.minimum(rows_of_tiles - first, BAND)")
-    emit("place = tile % (BAND * columns_of_tiles)")
-    emit("m = (first + place % band) * BM + tl.arange(0, BM)")
-    emit("column = place // band")
-    emit("section = column // per_section")
-    emit("n = column % per_section * BN + tl.arange(0, BN)")
-    emit("inside_m = (m < M)[:, None]")
-    emit("inside_n = (n < N_OUT)[None, :]")
-    emit("row = m.to(tl.int64)[:, None]")
-    for lane in range(lanes.count):
-        emit(f"acc{lane} = tl.zeros((BM, BN), dtype=tl.float32)")
-    loops = [("part", f"range({what.sections_in})")] if what.sections_in > 1 else []
-    for name, values in [*loops, ("start", "range(0, N_IN, BK)")]:
-        emit(f"for {name} in {values}:")
-        lines.depth += 1
-    part = "part" if what.sections_in > 1 else "0"
-    emit("k = start + tl.arange(0, BK)")
-    emit("inside_k = k < N_IN")
-    at = _offsets(lanes, what.reads, "k", "N_IN", what.heads, part)
-    operands = _operands(lines, lanes, what.reads, "x", at, "inside_m & inside_k[None, :]")
-    operands = [_wide(name, what.interpreted) for name in operands]
-    for i, (dim, width) in enumerate(lanes.spans):
-        lead = lanes.before(i)
-        for j_out in range(width):
-            for j_in in range(width):
-                down = f"(section * ({width} * N_OUT) + {j_out} * N_OUT + n)[None, :]"
-                along = f"({part} * ({width} * N_IN) + {j_in} * N_IN + k)[:, None]"
-                emit(
-                    f"w = tl.load(w{i} + {down} * w{i}_out + {along} * w{i}_in, mask=inside_n & inside_k[:, None], "
-                    "other=0.0)"
-                )
-                for r in range(dim):
-                    acc, operand = lead + r * width + j_out, operands[lead + r * width + j_in]
-                    emit(f"acc{acc} = tl.dot({operand}, {_wide('w', what.interpreted)}, acc{acc})")
-    lines.depth = 2
-    if what.bias:
-        emit("added = tl.load(bias + section * N_OUT + n, mask=n < N_OUT, other=0.0).to(tl.float32)")
-        emit("acc0 += added[None, :]")
-    if what.path:
-        emit("factor = tl.load(path + m // TOKENS, mask=m < M, other=0.0).to(tl.float32)[:, None]")
-    parts = [[f"acc{lane}"] for lane in range(lanes.count)]
-    for step in range(PIECES.bit_length() - 1):
-        half = f"(BM, 2, BN // {2 ** (step + 1)})"
-        for lane, names in enumerate(parts):
-            parts[lane] = []
-            for name in names:
-                emit(f"{name}_0, {name}_1 = tl.split(tl.permute(tl.reshape({name}, {half}), (0, 2, 1)))")
-                parts[lane] += [f"{name}_0", f"{name}_1"]
-    for piece in range(PIECES):
-        length = f"BN // {PIECES}"
-        emit(f"n = column % per_section * BN + {piece} * ({length}) + tl.arange(0, {length})")
-        _finish(lines, what, [names[piece] for names in parts])
-    arguments = [*pointers, *numbers]
-    constants = ["N_IN", "N_OUT", "BM", "BN", "BK", "BAND", "PROGRAMS"]
-    name = f"product_{what.reads}_to_{what.writes}" + (f"_{what.activation}" if what.activation else "")
-    return _function(name + ("_backward" if what.slopes else ""), arguments, constants, lines)
-
-
-def _finish(lines: _Lines, what: Product, results: list[str]) -> None:
-    """What comes behind a product, for channels ``n`` of every lane: all in registers, then written once."""
-    lanes, emit = what.lanes, lines
-    emit("inside = inside_m & (n < N_OUT)[None, :]")
-    places = _offsets(lanes, what.writes, "n", "N_OUT", what.heads, "section" if what.sections_out > 1 else "0")
-    places = [lines.new(f"row * out_row + ({place})[None, :]") for place in places]
-    if what.writes == "group" or what.activation:
-        results = _transformed(results, lanes.plan, lines, to_group=True)
-    if what.activation:
-        value, slope = ACTIVATIONS[what.activation]
-        active = []
-        for result, place in zip(results, places, strict=True):  # lanes lie alike by irreps and in the group's basis
-            if what.keeps:
-                emit(f"tl.store(out_kept + {place}, {result}.to(out_kept.dtype.element_ty), mask=inside)")
-            if what.slopes:
-                emit(f"z = tl.load(kept + {place}, mask=inside, other=0.0).to(tl.float32)")
-            else:
-                emit(f"z = {result}")
-            active.append(lines.new(value))
-            if what.slopes:
-                emit(f"{result} = {result} * ({slope})")
-        active = _transformed(active, lanes.plan, lines, to_group=False)
-        if what.slopes:
-            results = _transformed(results, lanes.plan, lines, to_group=False)
-            for place, name in zip(places, active, strict=True):
-                emit(f"tl.store(out_active + {place}, {name}.to(out_active.dtype.element_ty), mask=inside)")
-        else:
-            results = active
-    for place, result in zip(places, results, strict=True):
-        name = lines.new(f"{result} * factor") if what.path else result
-        if what.residual:
-            name = lines.new(f"tl.load(residual + {place}, mask=inside, other=0.0).to(tl.float32) + {name}")
-        emit(f"tl.store(out + {place}, {name}.to(out.dtype.element_ty), mask=inside)")
-
-
-def weight_gradient_source(what: WeightGradient) -> str:
-    """The source of the gradients of all weights.
-
-    ``dy`` and ``x`` are rows of lanes; ``out`` holds, for every part of the rows, the irreps' weights one behind the
-    other, in float32.
-    """
-    lanes = what.lanes
-    lines = emit = _Lines()
-    emit("per_section = tl.cdiv(N_OUT, BN)")
-    emit("across = tl.cdiv(N_IN, BK)")
-    emit(f"tiles = per_section * {what.sections} * across")
-    emit("tile = tl.program_id(0) % tiles")
-    emit("part = tl.program_id(0) // tiles")
-    emit("column = tile // across")
-    emit("section = column // per_section")
-    emit("n = column % per_section * BN + tl.arange(0, BN)")
-    emit("k = tile % across * BK + tl.arange(0, BK)")
-    emit("inside_n = n < N_OUT")
-    emit("inside_k = k < N_IN")
-    blocks = [(i, a, b) for i, (_, width) in enumerate(lanes.spans) for a in range(width) for b in range(width)]
-    for i, a, b in blocks:
-        emit(f"acc{i}_{a}_{b} = tl.zeros((BN, BK), dtype=tl.float32)")
-    emit("for start in range(part * LENGTH, tl.minimum((part + 1) * LENGTH, M), BM):")
-    lines.depth = 2
-    emit("m = start + tl.arange(0, BM)")
-    emit("inside_m = (m < tl.minimum((part + 1) * LENGTH, M))[:, None]")
-    emit("row = m.to(tl.int64)[:, None]")
-    section = "section" if what.sections > 1 else "0"
-    offsets = _offsets(lanes, what.writes, "n", "N_OUT", what.heads, section)
-    ys = _operands(lines, lanes, what.writes, "dy", offsets, "inside_m & inside_n[None, :]")
-    offsets = _offsets(lanes, what.reads, "k", "N_IN", what.heads, "0")
-    xs = _operands(lines, lanes, what.reads, "x", offsets, "inside_m & inside_k[None, :]")
-    for i, a, b in blocks:
-        dim, width = lanes.spans[i]
-        lead = lanes.before(i)
-        for r in range(dim):
-            first = _wide(f"tl.trans({ys[lead + r * width + a]})", what.interpreted)
-            second = _wide(xs[lead + r * width + b], what.interpreted)
-            emit(f"acc{i}_{a}_{b} = tl.dot({first}, {second}, acc{i}_{a}_{b})")
-    lines.depth = 1
-    emit(f"base = out + part.to(tl.int64) * ({lanes.weights * what.sections} * N_OUT * N_IN)")
-    emit("inside = inside_n[:, None] & inside_k[None, :]")
-    before = 0
-    for i, a, b in blocks:
-        width = lanes.spans[i][1]
-        down = f"({section} * ({width} * N_OUT) + {a} * N_OUT + n)[:, None]"
-        at = f"{before} * N_OUT * N_IN + {down} * ({width} * N_IN) + ({b} * N_IN + k)[None, :]"
-        emit(f"tl.store(base + {at}, acc{i}_{a}_{b}, mask=inside)")
-        if a == b == width - 1:
-            before += width * width * what.sections
-    arguments = ["dy", "x", "out", "M", "SCALE_OF_M", "LENGTH", "dy_row", "x_row"]
-    return _function("weight_gradient", arguments, ["N_IN", "N_OUT", "BM", "BN", "BK"], lines)
-
-
-def _load_lanes(lines: _Lines, lanes: Lanes, pointer: str, name: str) -> None:
-    for lane in range(lanes.count):
-        lines(
-            f"{name}{lane} = tl.load({pointer} + row * {pointer}_row + ({lane} * N + n)[None, :], mask=inside, "
-            "other=0.0).to(tl.float32)"
-        )
-
-
-def _rows(lanes: Lanes) -> list[list[int]]:
-    """The lanes of every row of an irrep."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for lane, (i, row, _) in enumerate(lanes.places()):
-        found.setdefault((i, row), []).append(lane)
-    return list(found.values())
-
-
-def _centre(lines: _Lines, lanes: Lanes, name: str) -> None:
-    """Rows without their means, zero behind their ends."""
-    for members in _rows(lanes):
-        total = " + ".join(f"tl.sum({name}{lane}, 1)" for lane in members)
-        lines(f"mean = ({total}) / ({len(members)} * N)")
-        for lane in members:
-            lines(f"{name}{lane} = tl.where(inside, {name}{lane} - mean[:, None], 0.0)")
-
-
-def _parameter_places(lanes: Lanes) -> list[int]:
-    """Of every lane the place, in lanes, of its factors among those per (irrep, multiplicity)."""
-    starts = [sum(width for _, width in lanes.spans[:i]) for i in range(len(lanes.spans))]
-    return [starts[i] + j for i, _, j in lanes.places()]
-
-
-def norm_source(what: Norm) -> str:
-    """The source of a layer norm: ``x`` to ``y``, rows ``x_row`` and ``y_row`` apart; ``inverse`` per row is kept."""
-    lanes = what.lanes
-    lines = emit = _Lines()
-    emit("n = tl.arange(0, WIDTH)")
-    emit("m = tl.program_id(0) * BM + tl.arange(0, BM)")
-    emit("inside = (m < M)[:, None] & (n < N)[None, :]")
-    emit("row = m.to(tl.int64)[:, None]")
-    _load_lanes(lines, lanes, "x", "x")
-    _centre(lines, lanes, "x")
-    places = lanes.places()
-    squares = " + ".join(f"tl.sum(x{lane} * x{lane}, 1) * {what.entries[i]!r}" for lane, (i, _, _) in enumerate(places))
-    emit(f"scale = tl.rsqrt({squares} + eps)")
-    emit("tl.store(inverse + m, scale, mask=m < M)")
-    for lane, place in enumerate(_parameter_places(lanes)):
-        value = f"x{lane} * scale[:, None]"
-        if what.weight:
-            emit(f"w = tl.load(weight + {place} * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]")
-            value += " * w"
-        if what.bias and lane == 0:
-            emit("b = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]")
-            value += " + b"
-        emit(f"tl.store(y + row * y_row + ({lane} * N + n)[None, :], ({value}).to(y.dtype.element_ty), mask=inside)")
-    arguments = ["x", *(["weight"] if what.weight else []), *(["bias"] if what.bias else []), "y", "inverse"]
-    arguments += ["M", "x_row", "y_row", "eps"]
-    return _function("norm", arguments, ["N", "WIDTH", "BM"], lines)
-
-
-def norm_backward_source(what: NormBackward) -> str:
-    """The source of a layer norm's gradients.
-
-    ``dy`` and, along the residual stream, ``dx_before`` to ``dx``; per program one row of ``sums``: the gradients of
-    the factors and of the bias, in float32.
-    """
-    lanes = what.lanes
-    places, parameters = lanes.places(), _parameter_places(lanes)
-    lines = emit = _Lines()
-    emit("n = tl.arange(0, WIDTH)")
-    used = sorted(set(parameters))
-    if what.weight:
-        for place in used:
-            emit(f"w{place} = tl.load(weight + {place} * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]")
-            emit(f"dw{place} = tl.zeros((WIDTH,), dtype=tl.float32)")
-    if what.bias:
-        emit("db = tl.zeros((WIDTH,), dtype=tl.float32)")
-    emit("for tile in range(tl.program_id(0), tl.cdiv(M, BM), tl.num_programs(0)):")
-    lines.depth = 2
-    emit("m = tile * BM + tl.arange(0, BM)")
-    emit("inside = (m < M)[:, None] & (n < N)[None, :]")
-    emit("row = m.to(tl.int64)[:, None]")
-    _load_lanes(lines, lanes, "x", "x")
-    _load_lanes(lines, lanes, "dy", "d")
-    _centre(lines, lanes, "x")
-    emit("scale = tl.load(inverse + m, mask=m < M, other=0.0)[:, None]")
-    if what.bias:
-        emit("db += tl.sum(d0, 0)")
-    for lane, place in enumerate(parameters):
-        if what.weight:
-            emit(f"dw{place} += tl.sum(d{lane} * x{lane} * scale, 0)")
-            emit(f"d{lane} = d{lane} * w{place}")
-    products = " + ".join(f"tl.sum(d{lane} * x{lane}, 1)" for lane in range(lanes.count))
-    emit(f"common = ({products})[:, None] * scale * scale * scale")
-    for lane, (i, _, _) in enumerate(places):
-        emit(f"d{lane} = d{lane} * scale - x{lane} * common * {what.entries[i]!r}")
-    _centre(lines, lanes, "d")
-    for lane in range(lanes.count):
-        value = f"d{lane}"
-        if what.residual:
-            value += (
-                f" + tl.load(dx_before + row * dx_before_row + ({lane} * N + n)[None, :], mask=inside, other=0.0)"
-                ".to(tl.float32)"
-            )
-        emit(f"tl.store(dx + row * dx_row + ({lane} * N + n)[None, :], ({value}).to(dx.dtype.element_ty), mask=inside)")
-    lines.depth = 1
-    count = (len(used) if what.weight else 0) + what.bias
-    if count:
-        emit(f"at = sums + tl.program_id(0) * ({count} * N) + n")
-    if what.weight:
-        for place in used:
-            emit(f"tl.store(at + {place} * N, dw{place}, mask=n < N)")
-    if what.bias:
-        emit(f"tl.store(at + {count - 1} * N, db, mask=n < N)")
-    arguments = ["x", "dy", *(["dx_before"] if what.residual else []), *(["weight"] if what.weight else [])]
-    arguments += ["inverse", "dx", *(["sums"] if count else []), "M", "x_row", "dy_row"]
-    arguments += [*(["dx_before_row"] if what.residual else []), "dx_row"]
-    return _function("norm_backward", arguments, ["N", "WIDTH", "BM"], lines)
-
-
-def _function(name: str, arguments: Sequence[str], constants: Sequence[str], lines: _Lines) -> str:
+def function(name: str, arguments: Sequence[str], constants: Sequence[str], lines: Lines) -> str:
+    """The source of a Triton function."""
     head = ", ".join([*arguments, *(f"{constant}: tl.constexpr" for constant in constants)])
     return "\n".join([f"def {name}({head}):", *lines.lines, ""])
 
 
-#: Writes the source of a kernel.
-WRITERS: dict[type, Callable[[Any], str]] = {
-    Product: product_source,
-    WeightGradient: weight_gradient_source,
-    Norm: norm_source,
-    NormBackward: norm_backward_source,
-}
-
-
 @lru_cache(maxsize=1024)
-def kernel(what: Product | WeightGradient | Norm | NormBackward) -> Any:
+def kernel(what: Kernel) -> Any:
     """The Triton function."""
     import triton
     import triton.language as tl
 
-    source = WRITERS[type(what)](what)
+    source = what.source()
     name = f"<equiflop {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     space: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from equiflop.kernels.gpu.source import Product, WeightGradient
+from equiflop.kernels.gpu.products import Product, WeightGradient
 from equiflop.kernels.lanes import Lanes
 
 #: Numbers of float32 that a thread's accumulators may take; 255 registers are all it has.
