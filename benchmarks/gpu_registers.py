@@ -3,7 +3,7 @@
     python benchmarks/gpu_registers.py --output benchmarks/gpu_registers.json
 
 Kernels are compiled for the architectures of A100 (sm_80) and H100 (sm_90) and assembled by Triton's own ptxas, which
-says what they take. A tile that spills is marked; none in the lists should (``tests/kernels/test_gpu_compiled.py``).
+says what they take. A tile that spills is marked; none in the lists should (``tests/kernels/test_gpu_reports.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from equiflop.kernels.gpu import launch, tiles
 from equiflop.kernels.gpu.norms import Norm, NormBackward
 from equiflop.kernels.gpu.products import Product, WeightGradient
 from equiflop.kernels.gpu.source import kernel
+from equiflop.kernels.gpu.sums import RowSums, WeightSums
 from equiflop.kernels.gpu.tiles import Tile
 from equiflop.kernels.lanes import Lanes, decode
 from equiflop.kernels.layout import layout_of
@@ -47,28 +48,30 @@ def kernels_of(lanes: Lanes) -> Iterator[tuple[str, Any, int, int]]:
     width, hidden = WIDTH // lanes.count, HIDDEN // lanes.count
     plain = Product(lanes, "irreps", "irreps")
     yield "qkv", replace(plain, writes="heads", sections_out=3, heads=HEADS, bias=True), width, width
-    yield "proj", replace(plain, reads="heads", heads=HEADS, bias=True, residual=True), width, width
+    yield "proj", replace(plain, reads="heads", heads=HEADS, bias=True, scale=True, residual=True), width, width
     yield "fc1", replace(plain, activation="gelu", bias=True), width, hidden
     yield "fc1, training", replace(plain, activation="gelu", bias=True, keeps=True), width, hidden
-    yield "fc2", replace(plain, bias=True, residual=True), hidden, width
-    yield "fc2, depth", replace(plain, bias=True, residual=True, path=True), hidden, width
+    yield "fc2", replace(plain, bias=True, scale=True, residual=True), hidden, width
+    yield "fc2, depth", replace(plain, bias=True, scale=True, residual=True, path=True), hidden, width
     yield "qkv, regular heads", replace(plain, writes="group", sections_out=3, bias=True), width, width
-    yield "proj, regular heads", replace(plain, reads="group", bias=True, residual=True), width, width
+    yield "proj, regular heads", replace(plain, reads="group", bias=True, scale=True, residual=True), width, width
     yield "qkv, backward", replace(plain, reads="heads", sections_in=3, heads=HEADS), width, width
     yield "proj, backward", replace(plain, writes="heads", heads=HEADS), width, width
     yield "fc1, backward", plain, hidden, width
     yield "fc2, backward", replace(plain, activation="gelu", slopes=True), width, hidden
-    yield "qkv, weights", WeightGradient(lanes, "irreps", "heads", 3, HEADS), width, width
-    yield "proj, weights", WeightGradient(lanes, "heads", "irreps", 1, HEADS), width, width
-    yield "fc1, weights", WeightGradient(lanes, "irreps", "irreps"), width, hidden
+    yield "qkv, weights", WeightGradient(lanes, "irreps", "heads", 3, HEADS, bias=True), width, width
+    yield "proj, weights", WeightGradient(lanes, "heads", "irreps", 1, HEADS, bias=True), width, width
+    yield "fc1, weights", WeightGradient(lanes, "irreps", "irreps", bias=True), width, hidden
+    yield "fc2, sums", WeightSums(lanes, 1, bias=True, scale=True), hidden, width
+    yield "norm, sums", RowSums(), width, width
     entries = (1.0 / WIDTH,) * len(lanes.spans)
     yield "norm", Norm(lanes, entries, True, True), width, width
     yield "norm, backward", NormBackward(lanes, entries, True, True, True), width, width
 
 
 def tiles_of(what: Any, arch: int) -> list[Tile | None]:
-    """Those that are tried; None for norms, which have one way."""
-    if isinstance(what, Norm):
+    """Those that are tried; None for norms and sums, which have one way."""
+    if not isinstance(what, Product | WeightGradient):
         return [None]
     return list(tiles.candidates(what, arch))
 
@@ -80,7 +83,13 @@ def measure(what: Any, tile: Tile | None, n_in: int, n_out: int, arch: int) -> d
     from triton.compiler import ASTSource
 
     function = kernel(what)
-    if tile is None:
+    if isinstance(what, WeightSums):
+        known = {"N_IN": n_in, "N_OUT": n_out, "BM": launch.SUM_ROWS, "BN": launch.SUM_COLUMNS}
+        options = {"num_warps": launch.SUM_WARPS}
+    elif isinstance(what, RowSums):
+        known = dict(zip(("BM", "BN"), launch.ROW_SUM_TILE, strict=True))
+        options = {"num_warps": launch.SUM_WARPS}
+    elif tile is None:
         known = {"N": n_in, "WIDTH": 1 << (n_in - 1).bit_length(), "BM": launch.NORM_ROWS}
         options = {"num_warps": launch.NORM_WARPS}
     else:
@@ -90,19 +99,24 @@ def measure(what: Any, tile: Tile | None, n_in: int, n_out: int, arch: int) -> d
     for i, name in enumerate(function.arg_names):
         if name in known or (name.startswith("w") and name.endswith("_in")):  # the inner step of weights is 1
             types[name], constants[(i,)] = "constexpr", known.get(name, 1)
-        elif name in ("M", "SCALE_OF_M", "TOKENS", "LENGTH") or (re.search("_(row|out)$", name) and name != "dy"):
+        elif name in ("M", "SCALE_OF_M", "TOKENS", "LENGTH", "PARTS", "size") or (
+            re.search("_(row|out)$", name) and name != "dy"
+        ):
             types[name] = "i32"
             hints[(i,)] = [["tt.divisibility", 16]] if re.search("_(row|out)$", name) else []
         elif name == "eps":
             types[name] = "fp32"
         else:
             wide = name in WIDE or (name == "out" and isinstance(what, WeightGradient))
+            wide = wide or (name == "x" and isinstance(what, RowSums))
             types[name], hints[(i,)] = "*fp32" if wide else "*bf16", [["tt.divisibility", 16]]
     source = ASTSource(function, types, constants, {key: value for key, value in hints.items() if value})
     made = triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return {"shared_bytes": made.metadata.shared, "wgmma": made.asm["ptx"].count("wgmma.mma_async")} | assembled(
-        made.asm["ptx"], arch
-    )
+    return {
+        "warps": options["num_warps"],
+        "shared_bytes": made.metadata.shared,
+        "wgmma": made.asm["ptx"].count("wgmma.mma_async"),
+    } | assembled(made.asm["ptx"], arch)
 
 
 def assembled(ptx: str, arch: int) -> dict[str, int]:
@@ -147,7 +161,7 @@ def main() -> None:
                     found.append(entry)
                     size = "rows" if tile is None else f"{tile.rows} x {tile.columns} x {tile.depth}"
                     size += ", persistent" if tile is not None and tile.persistent else ""
-                    warps, stages = (launch.NORM_WARPS, 1) if tile is None else (tile.warps, tile.stages)
+                    warps, stages = (entry["warps"], 1) if tile is None else (tile.warps, tile.stages)
                     print(
                         f"| {arch} | {group} | {use} | {size} | {warps} | {stages} | {entry['registers']} | "
                         f"{entry['spilled_bytes']} | {entry['shared_bytes'] / 1024:.0f} |",

@@ -21,6 +21,7 @@ from equiflop.kernels.gpu import branch, functions
 from equiflop.kernels.gpu.functions import Map
 from equiflop.kernels.gpu.products import ACTIVATIONS, Axis
 from equiflop.kernels.lanes import Lanes, decode
+from equiflop.kernels.layout import per_channel
 from equiflop.kernels.orders import Order
 from equiflop.nn import Block
 from oracles import group, relative_error, scramble
@@ -91,7 +92,7 @@ def test_a_product_and_its_gradients(name: str, reads: Axis, writes: Axis, secti
     x = torch.randn(37, a.dim, device=DEVICE)
     factors = torch.randn(37, sections * b.dim, device=DEVICE)
     given = [tensor.clone().requires_grad_() for tensor in (x, bias, *weights)]
-    y = functions.Multiply.apply(given[0], given[1], None, None, how, *given[2:])
+    y = functions.multiply(given[0], given[2:], given[1], how)
     exact = [tensor.double().requires_grad_() for tensor in (x, bias, *weights)]
     expected = product(exact[0], exact[2:], exact[1], a, b, how)
     assert relative_error(y, expected) < TOLERANCES[torch.float32]
@@ -108,7 +109,7 @@ def test_half_precision_is_rounded_once(name: str, dtype: torch.dtype) -> None:
     weights = weights_of(a, b, 1, dtype)
     x = torch.randn(9, a.dim, device=DEVICE, dtype=dtype)
     how = Map(a.code, "irreps", "group")
-    y = functions.Multiply.apply(x, None, None, None, how, *weights)
+    y = functions.multiply(x, weights, None, how)
     assert y.dtype == dtype
     expected = product(x, weights, None, a, b, how)
     assert ((y.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 1e-3).all()
@@ -121,10 +122,10 @@ def test_rows_that_lie_apart() -> None:
     wide = torch.randn(5, 2 * a.dim, device=DEVICE)
     columns = torch.randn(a.dim, 5, device=DEVICE).T
     for x in (wide[:, : a.dim], wide[::2, a.dim :], columns):
-        y = functions.Multiply.apply(x, None, None, None, how, *weights)
+        y = functions.multiply(x, weights, None, how)
         assert relative_error(y, product(x, weights, None, a, b, how)) < TOLERANCES[torch.float32]
     batched = torch.randn(2, 3, a.dim, device=DEVICE)
-    y = functions.Multiply.apply(batched, None, None, None, how, *weights)
+    y = functions.multiply(batched, weights, None, how)
     assert y.shape == (6, b.dim)
 
 
@@ -132,7 +133,7 @@ def test_no_rows() -> None:
     a, b = layouts("C2", 16, 16)
     given = [torch.zeros(0, a.dim, device=DEVICE, requires_grad=True), *weights_of(a, b)]
     given[1:] = [weight.requires_grad_() for weight in given[1:]]
-    y = functions.Multiply.apply(given[0], None, None, None, Map(a.code), *given[1:])
+    y = functions.multiply(given[0], given[1:], None, Map(a.code))
     assert y.shape == (0, b.dim)
     dx, *dw = torch.autograd.grad(y.sum(), given)
     assert dx.shape == (0, a.dim) and all(not grad.any() for grad in dw)
@@ -146,17 +147,24 @@ def test_an_mlp_and_its_gradients(name: str, activation: str) -> None:
     bias1, bias2 = (torch.randn(side.spans[0].multiplicity, device=DEVICE) for side in (b, a))
     x, residual = torch.randn(2, 6 * 3, a.dim, device=DEVICE)
     path = torch.tensor([0.0, 1.25, 2.0], device=DEVICE)
-    tensors = (x, bias1, bias2, residual, *first, *second)
+    scale = torch.randn(sum(span.multiplicity for span in a.spans), device=DEVICE)
+    tensors = (x, bias1, bias2, scale, residual, *first, *second)
 
-    def exactly(x: Tensor, bias1: Tensor, bias2: Tensor, residual: Tensor, *weights: Tensor) -> Tensor:
+    def exactly(x: Tensor, bias1: Tensor, bias2: Tensor, scale: Tensor, residual: Tensor, *weights: Tensor) -> Tensor:
         count = len(weights) // 2
         spatial = product(x, list(weights[:count]), bias1, a, b, Map(a.code, "irreps", "group"))
         out = product(MODULES[activation](spatial), list(weights[count:]), bias2, b, a, Map(a.code, "group", "irreps"))
-        return residual + path.double().repeat_interleave(6)[:, None] * out
+        return residual + path.double().repeat_interleave(6)[:, None] * per_channel(scale, a) * out
 
     given = [tensor.clone().requires_grad_() for tensor in tensors]
     how = Map(a.code)
-    y = functions.MultiplyTwice.apply(*given[:4], path, (how, how), activation, *given[4:])
+
+    def found_by(x: Tensor, bias1: Tensor, bias2: Tensor, scale: Tensor, residual: Tensor, *weights: Tensor) -> Tensor:
+        both = (weights[: len(first)], weights[len(first) :])
+        around = {"scale": scale, "residual": residual, "path": path}
+        return functions.multiply_twice(x, both, (bias1, bias2), (how, how), activation, **around)
+
+    y = found_by(*given)
     exact = [tensor.double().requires_grad_() for tensor in tensors]
     expected = exactly(*exact)
     assert relative_error(y, expected) < TOLERANCES[torch.float32]
@@ -164,7 +172,7 @@ def test_an_mlp_and_its_gradients(name: str, activation: str) -> None:
     for i, (own, other) in enumerate(zip(found, torch.autograd.grad(expected.square().sum(), exact), strict=True)):
         assert relative_error(own, other) < 2 * TOLERANCES[torch.float32], i
     with torch.no_grad():
-        again = functions.MultiplyTwice.apply(*tensors[:4], path, (how, how), activation, *tensors[4:])
+        again = found_by(*tensors)
     assert torch.equal(again, y)
 
 
@@ -349,7 +357,7 @@ def test_the_reference_s_gradients() -> None:
 def test_when_kernels_are_not_taken() -> None:
     block = block_of("C2")
     x = torch.randn(1, 4, block.rep.dim, device=DEVICE)
-    assert (is_taken(block, x) == CUDA and False) or not is_taken(block, x)  # float32 has PyTorch's own products
+    assert not is_taken(block, x)  # float32 has PyTorch's own products
     with branch.anywhere():
         assert is_taken(block, x)
         with kernels.without_triton():

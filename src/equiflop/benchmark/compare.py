@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from equiflop.training.evaluation import MirrorAveraged
 from equiflop.training.model_spec import check_takes, create_model, input_keywords
 from equiflop.training.progress import Progress
 
-Mode = Literal["eager", "compile", "optimized"]
+Mode = Literal["eager", "compile", "reduce-overhead", "max-autotune", "optimized"]
 Step = Literal["forward", "train"]
-MODES: tuple[Mode, ...] = ("eager", "compile", "optimized")
+MODES: tuple[Mode, ...] = get_args(Mode)
 STEPS: tuple[Step, ...] = ("forward", "train")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,8 +33,9 @@ class BenchConfig:
     """What to measure.
 
     Attributes:
-        modes: ``eager``, ``compile`` (``torch.compile``), ``optimized`` (``equiflop.optimize_for_inference``; the plain
-            network by the same function). The last is for forward steps alone.
+        modes: ``eager``; ``compile`` (``torch.compile``); ``reduce-overhead`` and ``max-autotune``, its modes of those
+            names, which record CUDA graphs on GPUs; ``optimized`` (``equiflop.optimize_for_inference``; the plain
+            network by the same function), for forward steps alone.
         steps: ``forward`` (evaluation mode, no gradients) and ``train`` (forward, backward and an SGD step).
         batch_sizes: images per step.
         dtype: one of ``DTYPES``; parameters and images.
@@ -101,6 +102,13 @@ class Entry:
         """Plain values, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Entry:
+        """Of what :meth:`as_dict` gave."""
+        spreads = {key: Spread(**values[key]) for key in ("latency", "throughput", "speedup")}
+        fractions = None if values["fractions"] is None else Fractions(**values["fractions"])
+        return cls(**{**values, **spreads, "fractions": fractions})
+
 
 def compare(
     name: str,
@@ -150,7 +158,7 @@ def check_config(config: BenchConfig) -> None:
         if dtype not in DTYPES and (label, dtype) != ("autocast", None):
             raise ValueError(f"{label}={dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     if config.steps == ("train",) and config.modes == ("optimized",):
-        raise ValueError("mode='optimized' is for inference; train with 'eager' or 'compile'")
+        raise ValueError("mode='optimized' is for inference; train with 'eager', 'compile' or another mode of it")
     for label, number in (("rounds", config.rounds), ("batch_size", min(config.batch_sizes, default=0))):
         if number < 1:
             raise ValueError(f"{label}={number} must be at least 1")
@@ -245,12 +253,20 @@ def _fractions(
     return split_time(calls[network.name], _call(network, images, step, "eager", config))
 
 
-def _compiled(model: nn.Module, name_kernels: bool) -> Callable[[Tensor], Tensor]:
-    """With ``name_kernels`` a profiler sees the compiler's own loops (CPU)."""
-    compiled: Callable[[Tensor], Tensor] = torch.compile(
-        model, options={"cpp.enable_kernel_profile": True} if name_kernels else None
-    )
-    return compiled
+def _compiled(model: nn.Module, mode: Mode, name_kernels: bool) -> Callable[[Tensor], Tensor]:
+    """By ``torch.compile``; with ``name_kernels`` a profiler sees the compiler's own loops (CPU)."""
+    options: dict[str, Any] = {} if mode == "compile" else dict(torch._inductor.list_mode_options(mode))
+    if name_kernels:
+        options["cpp.enable_kernel_profile"] = True
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model, options=options or None)
+    if not options.get("triton.cudagraphs"):
+        return compiled
+
+    def step(images: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what the step before gave is no longer needed
+        return compiled(images)
+
+    return step
 
 
 def _call(network: _Network, images: Tensor, step: Step, mode: Mode, config: BenchConfig) -> Callable[[], object]:
@@ -262,7 +278,9 @@ def _call(network: _Network, images: Tensor, step: Step, mode: Mode, config: Ben
         model = model.eval()
         if mode == "optimized":
             model = optimize_for_inference(model)
-        run: Callable[[Tensor], Tensor] = _compiled(model, config.fraction) if mode == "compile" else model
+        run: Callable[[Tensor], Tensor] = (
+            model if mode in ("eager", "optimized") else _compiled(model, mode, config.fraction)
+        )
 
         def forward() -> Tensor:
             with torch.no_grad(), casting:
@@ -272,7 +290,9 @@ def _call(network: _Network, images: Tensor, step: Step, mode: Mode, config: Ben
     model = model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    loss_of: Callable[[Tensor], Tensor] = _compiled(model, config.fraction) if mode == "compile" else model
+    loss_of: Callable[[Tensor], Tensor] = (
+        model if mode in ("eager", "optimized") else _compiled(model, mode, config.fraction)
+    )
 
     def train() -> None:
         with casting:

@@ -24,7 +24,8 @@ _HEADER = f"{'network':<38}{'params M':>9}{'MACs G':>9}{'ms':>10}{'images/s':>10
     multiple=True,
     default=["compile"],
     show_default=True,
-    help="eager, compile or optimized (optimize_for_inference); repeatable.",
+    help="eager, compile, reduce-overhead or max-autotune (torch.compile's modes, with CUDA graphs on GPUs), or "
+    "optimized (optimize_for_inference); repeatable.",
 )
 @click.option(
     "--step", "steps", multiple=True, default=["forward"], show_default=True, help="forward or train; repeatable."

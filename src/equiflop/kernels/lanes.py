@@ -44,6 +44,11 @@ class Lanes:
         """Of every lane its irrep, row, and number within the row."""
         return [(i, row, j) for i, (dim, width) in enumerate(self.spans) for row in range(dim) for j in range(width)]
 
+    def parameter_places(self) -> list[int]:
+        """Of every lane the place, in lanes, of its factors among those per (irrep, multiplicity)."""
+        starts = [sum(width for _, width in self.spans[:i]) for i in range(len(self.spans))]
+        return [starts[i] + j for i, _, j in self.places()]
+
     def code(self) -> tuple[int, ...]:
         """The lanes as numbers, which operators take as an argument; :func:`decode` reads them."""
         numbers = [len(self.spans), *(number for span in self.spans for number in span), *self.plan.order]

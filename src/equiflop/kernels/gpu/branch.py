@@ -122,15 +122,13 @@ def by_triton(x: Tensor, layout: Layout, parts: Sequence[Parts]) -> Tensor:
 def _mlp(
     normal: Tensor, residual: Tensor | None, path: Tensor | None, mlp: Mlp, scale: Tensor | None, layout: Layout
 ) -> Tensor:
-    from equiflop.kernels.gpu.functions import Map, MultiplyTwice
+    from equiflop.kernels.gpu.functions import Map, multiply_twice
 
-    first, bias1 = _tensors(mlp.fc1, None, layout, normal.dtype)
-    second, bias2 = _tensors(mlp.fc2, scale, layout, normal.dtype)
-    how = Map(layout.code)
-    rows: Tensor = MultiplyTwice.apply(
-        normal, bias1, bias2, residual, path, (how, how), activation_of(mlp.act), *first, *second
-    )
-    return rows
+    first, bias1 = _tensors(mlp.fc1, normal.dtype)
+    second, bias2 = _tensors(mlp.fc2, normal.dtype)
+    hows, activation = (Map(layout.code), Map(layout.code)), activation_of(mlp.act)
+    around = {"scale": scale, "residual": residual, "path": path}
+    return multiply_twice(normal, (first, second), (bias1, bias2), hows, activation, **around)
 
 
 def _attention(
@@ -142,32 +140,22 @@ def _attention(
     layout: Layout,
     shape: torch.Size,
 ) -> Tensor:
-    from equiflop.kernels.gpu.functions import Map, Multiply
+    from equiflop.kernels.gpu.functions import Map, multiply
 
     axis: Literal["heads", "group"] = "heads" if body.heads == "coupled" else "group"
     heads = body.num_heads if axis == "heads" else 1
-    weights, bias = _tensors(body.qkv, None, layout, normal.dtype)
-    to_heads = Map(layout.code, writes=axis, sections=3, heads=heads)
-    qkv = Multiply.apply(normal, bias, None, None, to_heads, *weights)
+    qkv = multiply(normal, *_tensors(body.qkv, normal.dtype), Map(layout.code, writes=axis, sections=3, heads=heads))
     q, k, v = qkv.view(*shape[:2], 3, body.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     attended = branches.attend(q, k, v, body).transpose(1, 2).reshape(-1, shape[-1])
-    weights, bias = _tensors(body.proj, scale, layout, normal.dtype)
-    from_heads = Map(layout.code, reads=axis, heads=heads)
-    rows: Tensor = Multiply.apply(attended, bias, residual, path, from_heads, *weights)
-    return rows
+    weights, bias = _tensors(body.proj, normal.dtype)
+    how = Map(layout.code, reads=axis, heads=heads)
+    return multiply(attended, weights, bias, how, scale=scale, residual=residual, path=path)
 
 
-def _tensors(
-    maps: schur.Maps, scale: Tensor | None, layout: Layout, dtype: torch.dtype
-) -> tuple[list[Tensor], Tensor | None]:
-    """Weights and the trivial irrep's bias in the products' dtype, a layer scale multiplied in."""
+def _tensors(maps: schur.Maps, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
+    """Weights and the trivial irrep's bias in the products' dtype."""
     bias = maps[0][1]
-    weights = [weight for weight, _ in maps if weight is not None]
-    if scale is not None:
-        factors = scale.split([span.multiplicity for span in layout.spans])
-        weights = [weight * factor.unsqueeze(1) for weight, factor in zip(weights, factors, strict=True)]
-        bias = None if bias is None else bias * factors[0]
-    return [weight.to(dtype) for weight in weights], None if bias is None else bias.to(dtype)
+    return [weight.to(dtype) for weight, _ in maps if weight is not None], None if bias is None else bias.to(dtype)
 
 
 TABLE["branches"] = (

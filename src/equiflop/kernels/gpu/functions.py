@@ -40,17 +40,18 @@ class Map(NamedTuple):
         weights: Sequence[Tensor],
         bias: Tensor | None = None,
         *,
+        scale: Tensor | None = None,
         residual: Tensor | None = None,
         path: Tensor | None = None,
         activation: str = "",
         keeps: bool = False,
-        dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
         """See :func:`schur_product`."""
         return schur_product(
             x,
             list(weights),
             bias,
+            scale,
             residual,
             path,
             None,
@@ -63,16 +64,25 @@ class Map(NamedTuple):
             activation,
             keeps,
             False,
-            dtype or x.dtype,
+            x.dtype if residual is None else residual.dtype,
         )
 
     def backward(
-        self, dy: Tensor, weights: Sequence[Tensor], activation: str = "", kept: Tensor | None = None
+        self,
+        dy: Tensor,
+        weights: Sequence[Tensor],
+        scale: Tensor | None = None,
+        activation: str = "",
+        kept: Tensor | None = None,
     ) -> list[Tensor]:
         """The gradient of the input; with the values that lie before an activation, see :func:`schur_product`."""
+        if scale is not None:
+            factors = scale.split([weight.shape[0] for weight in weights])
+            weights = [(w * factor.unsqueeze(1)).to(w.dtype) for w, factor in zip(weights, factors, strict=True)]
         return schur_product(
             dy,
             list(weights),
+            None,
             None,
             None,
             None,
@@ -89,64 +99,95 @@ class Map(NamedTuple):
             dy.dtype,
         )
 
-    def weight_gradients(self, dy: Tensor, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        """One per weight, in its dtype."""
-        flat = schur_weight_gradient(dy, x, list(self.lanes), self.reads, self.writes, self.sections, self.heads)
-        flat = flat.to(weights[0].dtype)
+    def gradients(
+        self, dy: Tensor, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, scale: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """Of the weights, the bias and the layer scale."""
+        axes = (list(self.lanes), self.reads, self.writes, self.sections, self.heads)
+        flat, *others = schur_weight_gradient(dy, x, list(weights), bias, scale, *axes)
         parts = flat.split([weight.numel() for weight in weights])
-        return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
-
-    def bias_gradient(self, dy: Tensor, bias: Tensor) -> Tensor:
-        """Summed over tokens: of the trivial irrep alone, whose lane comes first."""
-        n = bias.numel() // self.sections
-        parts = dy.view(dy.shape[0], self.sections, dy.shape[-1] // self.sections)
-        if self.writes == "heads":
-            trivial = parts.unflatten(-1, (self.heads, -1))[..., : n // self.heads].flatten(-2)
-        elif self.writes == "group":
-            trivial = parts.unflatten(-1, (-1, n)).sum(-2)
-        else:
-            trivial = parts[..., :n]
-        return trivial.sum(0, dtype=torch.float32).flatten().to(bias.dtype)
+        dw = [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
+        return dw, None if bias is None else others[0], None if scale is None else others[-1]
 
 
-class Multiply(torch.autograd.Function):
-    """``residual + path * map(x)``: rows ``(T, dim)``."""
+def multiply(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    how: Map,
+    *,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    path: Tensor | None = None,
+) -> Tensor:
+    """``residual + path * scale * map(x)``: rows ``(T, dim)``."""
+    if _has_gradients(x, *weights, bias, scale, residual):
+        out: Tensor = _Multiply.apply(x, bias, scale, residual, path, how, *weights)
+        return out
+    return how.forward(x, weights, bias, scale=scale, residual=residual, path=path)[0]
 
+
+def multiply_twice(
+    x: Tensor,
+    weights: tuple[Sequence[Tensor], Sequence[Tensor]],
+    biases: tuple[Tensor | None, Tensor | None],
+    hows: tuple[Map, Map],
+    activation: str,
+    *,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    path: Tensor | None = None,
+) -> Tensor:
+    """``residual + path * scale * map2(act(map1(x)))``, the activation in the group's basis."""
+    if _has_gradients(x, *weights[0], *weights[1], *biases, scale, residual):
+        tensors = (x, *biases, scale, residual, path)
+        out: Tensor = _MultiplyTwice.apply(*tensors, hows, activation, *weights[0], *weights[1])
+        return out
+    hidden = hows[0].forward(x, weights[0], biases[0], activation=activation)[0]
+    return hows[1].forward(hidden, weights[1], biases[1], scale=scale, residual=residual, path=path)[0]
+
+
+def _has_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a function of autograd is needed: without, Dynamo miscounts the arguments of one with ``*weights``."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
+        scale: Tensor | None,
         residual: Tensor | None,
         path: Tensor | None,
         how: Map,
         *weights: Tensor,
     ) -> Tensor:
         ctx.how = how
-        ctx.save_for_backward(x, bias, path, *weights)
-        dtype = None if residual is None else residual.dtype
-        return how.forward(x, weights, bias, residual=residual, path=path, dtype=dtype)[0]
+        ctx.save_for_backward(x, bias, scale, path, *weights)
+        return how.forward(x, weights, bias, scale=scale, residual=residual, path=path)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, bias, path, *weights = ctx.saved_tensors
+        x, bias, scale, path, *weights = ctx.saved_tensors
         dy = _behind_path(grads[0], path, x.dtype)
-        dx = ctx.how.backward(dy, weights)[0] if ctx.needs_input_grad[0] else None
-        db = None if bias is None else ctx.how.bias_gradient(dy, bias)
-        dw = ctx.how.weight_gradients(dy, x, weights) if any(ctx.needs_input_grad[5:]) else [None] * len(weights)
-        dresidual = grads[0] if ctx.needs_input_grad[2] else None
-        return dx, db, dresidual, None, None, *dw
+        dx = ctx.how.backward(dy, weights, scale)[0] if ctx.needs_input_grad[0] else None
+        dw, db, dscale = [None] * len(weights), None, None
+        if any(ctx.needs_input_grad[1:3]) or any(ctx.needs_input_grad[6:]):
+            dw, db, dscale = ctx.how.gradients(dy, x, weights, bias, scale)
+        dresidual = grads[0] if ctx.needs_input_grad[3] else None
+        return dx, db, dscale, dresidual, None, None, *dw
 
 
-class MultiplyTwice(torch.autograd.Function):
-    """``residual + path * map2(act(map1(x)))``, the activation in the group's basis."""
-
+class _MultiplyTwice(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         bias1: Tensor | None,
         bias2: Tensor | None,
+        scale: Tensor | None,
         residual: Tensor | None,
         path: Tensor | None,
         hows: tuple[Map, Map],
@@ -154,27 +195,22 @@ class MultiplyTwice(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         first, second = weights[: len(weights) // 2], weights[len(weights) // 2 :]
-        keeps = any(ctx.needs_input_grad)
-        hidden, *kept = hows[0].forward(x, first, bias1, activation=activation, keeps=keeps)
-        if keeps:
-            ctx.hows, ctx.activation = hows, activation
-            ctx.save_for_backward(x, kept[0], bias1, bias2, path, *weights)
-        dtype = None if residual is None else residual.dtype
-        return hows[1].forward(hidden, second, bias2, residual=residual, path=path, dtype=dtype)[0]
+        hidden, kept = hows[0].forward(x, first, bias1, activation=activation, keeps=True)
+        ctx.hows, ctx.activation = hows, activation
+        ctx.save_for_backward(x, kept, bias1, bias2, scale, path, *weights)
+        return hows[1].forward(hidden, second, bias2, scale=scale, residual=residual, path=path)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, kept, bias1, bias2, path, *weights = ctx.saved_tensors
+        x, kept, bias1, bias2, scale, path, *weights = ctx.saved_tensors
         first, second = weights[: len(weights) // 2], weights[len(weights) // 2 :]
         dy = _behind_path(grads[0], path, x.dtype)
-        dhidden, hidden = ctx.hows[1].backward(dy, second, ctx.activation, kept)
-        dw2 = ctx.hows[1].weight_gradients(dy, hidden, second)
-        dw1 = ctx.hows[0].weight_gradients(dhidden, x, first)
-        db1 = None if bias1 is None else ctx.hows[0].bias_gradient(dhidden, bias1)
-        db2 = None if bias2 is None else ctx.hows[1].bias_gradient(dy, bias2)
+        dhidden, hidden = ctx.hows[1].backward(dy, second, scale, ctx.activation, kept)
+        dw2, db2, dscale = ctx.hows[1].gradients(dy, hidden, second, bias2, scale)
+        dw1, db1, _ = ctx.hows[0].gradients(dhidden, x, first, bias1)
         dx = ctx.hows[0].backward(dhidden, first)[0] if ctx.needs_input_grad[0] else None
-        dresidual = grads[0] if ctx.needs_input_grad[3] else None
-        return dx, db1, db2, dresidual, None, None, None, *dw1, *dw2
+        dresidual = grads[0] if ctx.needs_input_grad[4] else None
+        return dx, db1, db2, dscale, dresidual, None, None, None, *dw1, *dw2
 
 
 class Normalise(torch.autograd.Function):
@@ -203,11 +239,9 @@ class Normalise(torch.autograd.Function):
         before, dy = grads
         if dy is None:
             return before, None, None, None, None, None, None
-        dx, sums = schur_norm_backward(
-            x, dy, before, weight, inverse, list(ctx.lanes), list(ctx.entries), bias is not None
-        )
-        dw = None if weight is None else sums[: weight.numel()].to(weight.dtype)
-        db = None if bias is None else sums[len(sums) - bias.numel() :].to(bias.dtype)
+        dx, sums = schur_norm_backward(x, dy, before, weight, inverse, list(ctx.lanes), list(ctx.entries), bias)
+        dw = None if weight is None else sums[: weight.numel()]
+        db = None if bias is None else sums[len(sums) - bias.numel() :]
         return dx, dw, db, None, None, None, None
 
 

@@ -15,6 +15,7 @@ from equiflop.kernels.gpu import tiles as sizes
 from equiflop.kernels.gpu.norms import Norm, NormBackward
 from equiflop.kernels.gpu.products import Product, WeightGradient
 from equiflop.kernels.gpu.source import kernel
+from equiflop.kernels.gpu.sums import RowSums, WeightSums
 from equiflop.kernels.gpu.tiles import Tile
 from equiflop.kernels.lanes import decode
 
@@ -22,6 +23,12 @@ from equiflop.kernels.lanes import decode
 NORM_ROWS = 4
 NORM_WARPS = 8
 NORM_PROGRAMS = 4
+#: Rows of weights per program that finishes their gradients, and columns at a time.
+SUM_ROWS = 8
+SUM_COLUMNS = 128
+SUM_WARPS = 4
+#: Rows at a time, and columns of a program that sums a norm's gradients.
+ROW_SUM_TILE = (64, 32)
 
 
 def is_interpreted() -> bool:
@@ -73,6 +80,7 @@ def schur_product(
     x: Tensor,
     weights: list[Tensor],
     bias: Tensor | None,
+    scale: Tensor | None,
     residual: Tensor | None,
     path: Tensor | None,
     kept: Tensor | None,
@@ -93,6 +101,7 @@ def schur_product(
         x: rows ``(T, sections_in * |G| * n_in)``, ordered as ``reads`` says.
         weights: of every irrep ``(m_out, m_in)``, in ``x``'s dtype; with ``transposed`` the other way round.
         bias: of the trivial irrep, ``(sections_out * n_out,)``.
+        scale: factors per (irrep, multiplicity) of the output, behind the bias.
         residual: what is added, ``(T, dim_out)``.
         path: a factor per sample for what is added to it, ``(B,)``.
         kept: the values before the activation, for the way back.
@@ -130,6 +139,7 @@ def schur_product(
         keeps,
         kept is not None,
         bias is not None,
+        scale is not None,
         residual is not None,
         path is not None,
         interpreted=is_interpreted(),
@@ -143,6 +153,8 @@ def schur_product(
         arguments |= {f"w{i}": weight, f"w{i}_out": steps[0], f"w{i}_in": steps[1]}
     if bias is not None:
         arguments["bias"] = bias
+    if scale is not None:
+        arguments["scale"] = scale
     if residual is not None:
         arguments["residual"] = residual.reshape(count, dim_out).contiguous()
     if path is not None:
@@ -165,18 +177,34 @@ def schur_product(
 
 @triton_op("equiflop::schur_weight_gradient", mutates_args={})
 def schur_weight_gradient(
-    dy: Tensor, x: Tensor, lanes: list[int], reads: str, writes: str, sections: int, heads: int
-) -> Tensor:
-    """The gradients of a product's weights, all in one vector: irrep after irrep ``(m_out, m_in)``, float32.
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    bias: Tensor | None,
+    scale: Tensor | None,
+    lanes: list[int],
+    reads: str,
+    writes: str,
+    sections: int,
+    heads: int,
+) -> list[Tensor]:
+    """The gradients of a product's parameters.
 
     Args:
         dy: gradient of the output, rows ``(T, sections * |G| * n_out)`` in the order ``writes``.
         x: the input, rows ``(T, |G| * n_in)`` in the order ``reads``.
+        weights: of every irrep ``(m_out, m_in)``, before the layer scale.
+        bias: of the trivial irrep, before the layer scale.
+        scale: layer scale per (irrep, multiplicity).
         lanes: in numbers, ``Layout.code``.
         reads: order of the input.
         writes: order of the output.
         sections: parts of the output.
         heads: that share every irrep.
+
+    Returns:
+        Those of all weights in one vector, irrep after irrep; of the bias, if there is one; of the layer scale, if
+        there is one; each in the dtype of what it is the gradient of.
     """
     known = decode(lanes)
     order = known.count
@@ -184,14 +212,20 @@ def schur_weight_gradient(
     count = x.shape[0]
     n_in, n_out = x.shape[1] // order, dy.shape[1] // (order * sections)
     size = known.weights * sections * n_in * n_out
+    outputs = {"dw": weights[0].new_empty(size)}
+    if bias is not None:
+        outputs["db"] = torch.empty_like(bias)
+    if scale is not None:
+        outputs["dscale"] = torch.empty_like(scale)
     if not count:
-        return x.new_zeros(size, dtype=torch.float32)
-    what = WeightGradient(known, reads, writes, sections, heads, is_interpreted())  # type: ignore[arg-type]
+        return [output.zero_() for output in outputs.values()]
+    axes = (reads, writes, sections, heads, bias is not None, is_interpreted())
+    what = WeightGradient(known, *axes)  # type: ignore[arg-type]
     tried = sizes.candidates(what, sizes.capability(x.device))
     step = sizes.INTERPRETED if is_interpreted() else sizes.largest(tried)
     tiles = _ceil(n_out, step.columns) * sections * _ceil(n_in, step.depth)
     parts = sizes.parts_of(count, tiles, sizes.multiprocessors(x.device))
-    out = x.new_empty((parts, size), dtype=torch.float32)
+    out = x.new_empty((parts, size + (0 if bias is None else bias.numel())), dtype=torch.float32)
     arguments: dict[str, Any] = {"dy": dy, "x": x, "out": out, "M": count, "SCALE_OF_M": count // 8192}
     arguments |= {"LENGTH": _ceil(count, parts), "dy_row": dy.stride(0), "x_row": x.stride(0)}
     arguments |= {"N_IN": n_in, "N_OUT": n_out}
@@ -200,7 +234,18 @@ def schur_weight_gradient(
         return (_ceil(n_out, meta["BN"]) * sections * _ceil(n_in, meta["BK"]) * parts,)
 
     _run(what, tried, grid, arguments, x.device)
-    return out.sum(0)
+    finish: dict[str, Any] = {"sums": out, "PARTS": parts, "N_IN": n_in, "N_OUT": n_out, "BM": SUM_ROWS}
+    if scale is not None:
+        finish["scale"] = scale
+        if bias is not None:
+            finish["bias"] = bias
+        for i, weight in enumerate(weights):
+            weight = _rows(weight)
+            finish |= {f"w{i}": weight, f"w{i}_row": weight.stride(0)}
+    rows = sum(_ceil(width * sections * n_out, SUM_ROWS) for _, width in known.spans)
+    function = kernel(WeightSums(known, sections, bias is not None, scale is not None))
+    wrap_triton(function)[(rows,)](**finish, **outputs, BN=min(SUM_COLUMNS, _power_of_two(n_in)), num_warps=SUM_WARPS)
+    return list(outputs.values())
 
 
 @triton_op("equiflop::schur_norm", mutates_args={})
@@ -254,7 +299,7 @@ def schur_norm_backward(
     inverse: Tensor,
     lanes: list[int],
     entries: list[float],
-    has_bias: bool,
+    bias: Tensor | None,
 ) -> list[Tensor]:
     """The gradients of :func:`schur_norm`.
 
@@ -266,17 +311,17 @@ def schur_norm_backward(
         inverse: of the standard deviation.
         lanes: in numbers, ``Layout.code``.
         entries: as forward.
-        has_bias: whether there is a bias.
+        bias: its bias.
 
     Returns:
-        The gradient of the input, and those of factors and bias in one vector, float32.
+        The gradient of the input, and those of factors and bias in one vector, in their dtype.
     """
     known = decode(lanes)
     x, dy = _rows(x), _rows(dy)
     count, dim = x.shape
     n = dim // known.count
     dx = x.new_empty((count, dim))
-    size = ((known.parameters if weight is not None else 0) + has_bias) * n
+    size = ((known.parameters if weight is not None else 0) + (bias is not None)) * n
     programs = min(_ceil(count, NORM_ROWS), NORM_PROGRAMS * sizes.multiprocessors(x.device))
     sums = x.new_empty((programs, size), dtype=torch.float32)
     arguments: dict[str, Any] = {"x": x, "dy": dy, "inverse": inverse, "dx": dx, "M": count, "dx_row": dim}
@@ -288,11 +333,16 @@ def schur_norm_backward(
     if dx_before is not None:
         dx_before = _rows(dx_before)
         arguments |= {"dx_before": dx_before, "dx_before_row": dx_before.stride(0)}
-    if count:
-        what = NormBackward(known, tuple(entries), weight is not None, has_bias, dx_before is not None)
-        function = kernel(what)
-        wrap_triton(function)[(programs,)](**arguments, num_warps=NORM_WARPS)
-    return [dx, sums.sum(0)]
+    parameter = weight if weight is not None else bias
+    total = sums.new_empty(size, dtype=None if parameter is None else parameter.dtype)
+    if not count:
+        return [dx, total.zero_()]
+    what = NormBackward(known, tuple(entries), weight is not None, bias is not None, dx_before is not None)
+    wrap_triton(kernel(what))[(programs,)](**arguments, num_warps=NORM_WARPS)
+    if size:
+        kept = {"x": sums, "y": total, "M": programs, "size": size, "BM": ROW_SUM_TILE[0], "BN": ROW_SUM_TILE[1]}
+        wrap_triton(kernel(RowSums()))[(_ceil(size, ROW_SUM_TILE[1]),)](**kept, num_warps=SUM_WARPS)
+    return [dx, total]
 
 
 def _ceil(a: int, b: int) -> int:

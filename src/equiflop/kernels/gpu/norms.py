@@ -58,7 +58,7 @@ def _norm(what: Norm) -> str:
     squares = " + ".join(f"tl.sum(x{lane} * x{lane}, 1) * {what.entries[i]!r}" for lane, (i, _, _) in enumerate(places))
     emit(f"scale = tl.rsqrt({squares} + eps)")
     emit("tl.store(inverse + m, scale, mask=m < M)")
-    for lane, place in enumerate(_parameter_places(lanes)):
+    for lane, place in enumerate(lanes.parameter_places()):
         value = f"x{lane} * scale[:, None]"
         if what.weight:
             emit(f"w = tl.load(weight + {place} * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]")
@@ -79,7 +79,7 @@ def _norm_backward(what: NormBackward) -> str:
     the factors and of the bias, in float32.
     """
     lanes = what.lanes
-    places, parameters = lanes.places(), _parameter_places(lanes)
+    places, parameters = lanes.places(), lanes.parameter_places()
     lines = emit = Lines()
     emit("n = tl.arange(0, WIDTH)")
     used = sorted(set(parameters))
@@ -155,9 +155,3 @@ def _centre(lines: Lines, lanes: Lanes, name: str) -> None:
         lines(f"mean = ({total}) / ({len(members)} * N)")
         for lane in members:
             lines(f"{name}{lane} = tl.where(inside, {name}{lane} - mean[:, None], 0.0)")
-
-
-def _parameter_places(lanes: Lanes) -> list[int]:
-    """Of every lane the place, in lanes, of its factors among those per (irrep, multiplicity)."""
-    starts = [sum(width for _, width in lanes.spans[:i]) for i in range(len(lanes.spans))]
-    return [starts[i] + j for i, _, j in lanes.places()]

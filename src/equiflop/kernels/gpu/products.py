@@ -51,6 +51,8 @@ class Product:
         slopes: the product is the gradient behind the activation: in the group's basis it is multiplied by the
             derivative at the kept values, taken back, and written beside what the activation had given.
         bias: whether there is one, on the trivial irrep.
+        scale: whether there are factors per (irrep, multiplicity) behind the bias (layer scale); for
+            ``writes="irreps"``.
         residual: whether something is added.
         path: whether what is added to the residual has a factor per sample (stochastic depth).
         interpreted: whether the interpreter runs it: its products of bfloat16 are wrong, so operands are cast up.
@@ -66,6 +68,7 @@ class Product:
     keeps: bool = False
     slopes: bool = False
     bias: bool = False
+    scale: bool = False
     residual: bool = False
     path: bool = False
     interpreted: bool = False
@@ -85,6 +88,7 @@ class WeightGradient:
         writes: order of the gradient of its output.
         sections: parts of the output.
         heads: as in :class:`Product`.
+        bias: whether the gradient's trivial irrep is summed over rows too.
         interpreted: as in :class:`Product`.
     """
 
@@ -93,7 +97,13 @@ class WeightGradient:
     writes: Axis
     sections: int = 1
     heads: int = 1
+    bias: bool = False
     interpreted: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of ``N_OUT x N_IN`` numbers that a part of the sums has, before those of the bias."""
+        return self.lanes.weights * self.sections
 
     def source(self) -> str:
         """See :class:`equiflop.kernels.gpu.source.Kernel`."""
@@ -104,11 +114,12 @@ def _product(what: Product) -> str:
     """The source of a product.
 
     Tensors: ``x`` of rows ``x_row`` apart, ``w0, w1, ...`` of every irrep with the steps ``w0_out, w0_in``, ``bias``,
-    ``residual``, ``path``, ``kept``, and the outputs ``out`` (and ``out_kept`` or ``out_active``).
+    ``scale``, ``residual``, ``path``, ``kept``, and the outputs ``out`` (and ``out_kept`` or ``out_active``).
     """
     lanes, count = what.lanes, len(what.lanes.spans)
     pointers = ["x", *(f"w{i}" for i in range(count))]
     pointers += ["bias"] if what.bias else []
+    pointers += ["scale"] if what.scale else []
     pointers += ["residual"] if what.residual else []
     pointers += ["path"] if what.path else []
     pointers += ["kept"] if what.slopes else []
@@ -210,8 +221,12 @@ def _finish(lines: Lines, what: Product, results: list[str]) -> None:
                 emit(f"tl.store(out_active + {place}, {name}.to(out_active.dtype.element_ty), mask=inside)")
         else:
             results = active
-    for place, result in zip(places, results, strict=True):
-        name = lines.new(f"{result} * factor") if what.path else result
+    for lane, (place, name) in enumerate(zip(places, results, strict=True)):
+        if what.scale:
+            at = f"scale + {lanes.parameter_places()[lane]} * N_OUT + n"
+            name = lines.new(f"{name} * tl.load({at}, mask=n < N_OUT, other=0.0).to(tl.float32)[None, :]")
+        if what.path:
+            name = lines.new(f"{name} * factor")
         if what.residual:
             name = lines.new(f"tl.load(residual + {place}, mask=inside, other=0.0).to(tl.float32) + {name}")
         emit(f"tl.store(out + {place}, {name}.to(out.dtype.element_ty), mask=inside)")
@@ -221,7 +236,7 @@ def _weight_gradient(what: WeightGradient) -> str:
     """The source of the gradients of all weights.
 
     ``dy`` and ``x`` are rows of lanes; ``out`` holds, for every part of the rows, the irreps' weights one behind the
-    other, in float32.
+    other, then the bias's, in float32.
     """
     lanes = what.lanes
     lines = emit = Lines()
@@ -239,6 +254,8 @@ def _weight_gradient(what: WeightGradient) -> str:
     blocks = [(i, a, b) for i, (_, width) in enumerate(lanes.spans) for a in range(width) for b in range(width)]
     for i, a, b in blocks:
         emit(f"acc{i}_{a}_{b} = tl.zeros((BN, BK), dtype=tl.float32)")
+    if what.bias:
+        emit("total = tl.zeros((BN,), dtype=tl.float32)")
     emit("for start in range(part * LENGTH, tl.minimum((part + 1) * LENGTH, M), BM):")
     lines.depth = 2
     emit("m = start + tl.arange(0, BM)")
@@ -256,8 +273,11 @@ def _weight_gradient(what: WeightGradient) -> str:
             first = _wide(f"tl.trans({ys[lead + r * width + a]})", what.interpreted)
             second = _wide(xs[lead + r * width + b], what.interpreted)
             emit(f"acc{i}_{a}_{b} = tl.dot({first}, {second}, acc{i}_{a}_{b})")
+    if what.bias:
+        emit(f"total += tl.sum({ys[0]}.to(tl.float32), 0)")
     lines.depth = 1
-    emit(f"base = out + part.to(tl.int64) * ({lanes.weights * what.sections} * N_OUT * N_IN)")
+    of_bias = f" + {what.sections} * N_OUT" if what.bias else ""
+    emit(f"base = out + part.to(tl.int64) * ({what.blocks} * N_OUT * N_IN{of_bias})")
     emit("inside = inside_n[:, None] & inside_k[None, :]")
     before = 0
     for i, a, b in blocks:
@@ -267,6 +287,9 @@ def _weight_gradient(what: WeightGradient) -> str:
         emit(f"tl.store(base + {at}, acc{i}_{a}_{b}, mask=inside)")
         if a == b == width - 1:
             before += width * width * what.sections
+    if what.bias:
+        emit(f"at = {what.blocks} * N_OUT * N_IN + {section} * N_OUT + n")
+        emit("tl.store(base + at, total, mask=inside_n & (tile % across == 0))")
     arguments = ["dy", "x", "out", "M", "SCALE_OF_M", "LENGTH", "dy_row", "x_row"]
     return function("weight_gradient", arguments, ["N_IN", "N_OUT", "BM", "BN", "BK"], lines)
 
