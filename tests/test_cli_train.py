@@ -142,7 +142,7 @@ def test_bugs_are_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: str) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("equiflop.training.load_model", broken)
+    monkeypatch.setattr("equiflop.classify.load_model", broken)
     assert isinstance(run("eval", "none").exception, RuntimeError)
 
 

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from equiflop.benchmark.timing import throughput_in_turns
+from equiflop.classify import load_model
 from equiflop.data import DataNotFoundError, open_data
 from equiflop.demo import DemoSettings, comparison, run_demo
 from equiflop.demo.results import E_NAME, PLAIN_NAME, format_table
-from equiflop.training import TrainingInterrupted, load_model
-from equiflop.training.progress import Progress
+from equiflop.runtime.progress import Progress
+from equiflop.training import TrainingInterrupted
 from test_data import write_fashion_mnist
 
 pytest.importorskip("matplotlib")
