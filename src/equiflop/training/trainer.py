@@ -258,7 +258,7 @@ class Trainer:
 
     def summary(self, record: EpochRecord) -> str:
         """One line for people."""
-        return record.summary(self.config.epochs, self.unit)
+        return f"{self.progress.label}  {record.summary(self.config.epochs, self.unit)}"
 
     def save(self) -> Path:
         """Write the state of the training and the logs.
