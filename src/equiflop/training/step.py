@@ -271,6 +271,6 @@ def _sum(name: str, value: Tensor | float, count: int) -> float:
         return float(value) * count
     if shape != (count,):
         raise ValueError(
-            f"objective gave metric {name!r} of shape {shape}; it must be ({count},), the batch, or a mean"
+            f"objective gave metric {name!r} of shape {shape}; give ({count},), one a sample, or their mean"
         )
     return float(value.detach().sum())  # type: ignore[union-attr]
