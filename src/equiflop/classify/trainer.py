@@ -70,7 +70,7 @@ class ClassifierTrainer(Trainer):
             processes=processes,
         )
         if problem is not None:
-            self._on_start.insert(0, lambda: _raise(problem))
+            self.folder.on_entry.insert(0, lambda: _raise(problem))
 
     def _take(self, state: TrainState, path: Path) -> None:
         super()._take(state, path)

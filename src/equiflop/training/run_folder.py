@@ -43,6 +43,9 @@ class RunFolder:
         config: the run.
         processes: those that train together.
 
+    Attributes:
+        on_entry: what is done once, when this run first has the folder for itself.
+
     Raises:
         ValueError: if TensorBoard is wanted and its package is missing.
     """
@@ -53,6 +56,8 @@ class RunFolder:
         self.path = Path(config.out)
         self.config = config
         self.processes = processes
+        self.on_entry: list[Callable[[], object]] = [self.write_config]
+        self._on_first_step: list[Callable[[], object]] = []
         self._open = False
 
     @property
@@ -95,9 +100,19 @@ class RunFolder:
                 remove_leftovers(self.checkpoints)
             self._open = True
             try:
+                _do_all(self.on_entry)
                 yield True
             finally:
                 self._open = False
+
+    def start_anew(self) -> None:
+        """Let :meth:`step_succeeded` remove what an earlier run left, before anything is written."""
+        self.on_entry.remove(self.write_config)
+        self._on_first_step = [self.clear, self.write_config]
+
+    def step_succeeded(self) -> None:
+        """Do what waits for the first step; all processes must call it."""
+        _do_all(self._on_first_step)
 
     def states(self) -> list[Path]:
         """The states as the first process sees them, the newest first; all processes must call it."""
@@ -168,6 +183,13 @@ class RunFolder:
         """
         if self.processes.first:
             write_tensors(self.weights, weights, about, self.config)
+
+
+def _do_all(waiting: list[Callable[[], object]]) -> None:
+    """Do what waits in a list, each once."""
+    while waiting:
+        waiting[0]()
+        waiting.pop(0)
 
 
 def write_tensors(path: Path, weights: Mapping[str, Tensor], about: str, config: RunConfig | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,6 @@ class Trainer:
         self._unreadable: list[str] = []
         self._stop: StopRequest | None = None
         self._saved_at = time.monotonic()
-        self._on_start: list[Callable[[], object]] = [self.folder.write_config]
-        self._on_first_step: list[Callable[[], object]] = []
 
     @property
     def out(self) -> Path:
@@ -129,7 +127,7 @@ class Trainer:
         """
         path = go_on(self.folder, self._identity(), self._take, self.progress.print)
         if path is not None:
-            self._on_start = [self.folder.write_config, lambda: self._keep_if_best(path)]
+            self.folder.on_entry = [self.folder.write_config, lambda: self._keep_if_best(path)]
         return path
 
     def start_anew(self) -> None:
@@ -137,8 +135,7 @@ class Trainer:
 
         That happens when the first step has succeeded, so that a mistake in the options costs nothing.
         """
-        self._on_start.remove(self.folder.write_config)
-        self._on_first_step = [self.folder.clear, self.folder.write_config]
+        self.folder.start_anew()
 
     @contextlib.contextmanager
     def session(self, stop: StopRequest | None = None) -> Iterator[None]:
@@ -156,7 +153,6 @@ class Trainer:
             if entered:
                 self._stop = stop if stop is not None else stack.enter_context(StopRequest())
                 stack.callback(setattr, self, "_stop", None)
-                _do_all(self._on_start)
             yield
 
     def run(self) -> list[EpochRecord]:
@@ -201,7 +197,7 @@ class Trainer:
                 if len(batches) < self.config.accumulate:
                     continue
                 self._train_step(batches)
-                _do_all(self._on_first_step)
+                self.folder.step_succeeded()
                 batches = []
                 now = time.perf_counter()
                 self._running.seconds += now - last
@@ -271,7 +267,7 @@ class Trainer:
         with self.session():
             path = self.folder.path_of(self.epoch * self.plan.steps + self.step)
             self.learner.check_finite(self.epoch, self.step)
-            _do_all(self._on_first_step)
+            self.folder.step_succeeded()
             self.learner.same_buffers()
             self.folder.note_unreadable(self._unreadable)
             self._unreadable = []
@@ -345,10 +341,3 @@ class Trainer:
             f"epoch {self.epoch + 1}/{self.config.epochs}  loss {running.loss / self.step:.3f}  "
             f"{running.samples / max(running.seconds, 1e-9):,.0f} {self.unit}/s",
         )
-
-
-def _do_all(waiting: list[Callable[[], object]]) -> None:
-    """Do what waits in a list, each once."""
-    while waiting:
-        waiting[0]()
-        waiting.pop(0)
