@@ -18,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -288,12 +288,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and batches")
     parser.add_argument("--epochs", type=int, help="passes over the training scenes")
+    parser.add_argument("--scenes", type=int, help="to train on")
     parser.add_argument("--out", type=Path, default=Path("runs/segmentation"), help="folder for checkpoints")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--figure", type=Path, help="PNG file to write; needs matplotlib")
     options = parser.parse_args()
     base = QUICK if options.quick else FULL
-    recipe = Recipe(**{**asdict(base), "seed": options.seed, "epochs": options.epochs or base.epochs})
+    given = {"seed": options.seed, "epochs": options.epochs, "train_scenes": options.scenes}
+    recipe = replace(base, **{name: value for name, value in given.items() if value is not None})
     start = time.perf_counter()
     train_images, train_labels = draw_scenes(recipe.train_scenes, seed=2 * recipe.seed)
     test_images, test_labels = draw_scenes(recipe.test_scenes, seed=2 * recipe.seed + 1)

@@ -212,7 +212,18 @@ def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert built.returncode == 0, built.stdout + built.stderr
     pages = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.html")}
-    for package in ("groups", "nn", "models", "kernels", "convert", "data", "training", "classify", "runtime", "deploy"):
+    for package in (
+        "groups",
+        "nn",
+        "models",
+        "kernels",
+        "convert",
+        "data",
+        "training",
+        "classify",
+        "runtime",
+        "deploy",
+    ):
         shown = re.findall(r'id="equiflop\.([\w.]+)"', pages[f"api/{package}.html"])
         last = {name.rpartition(".")[2] for name in shown}
         assert not set(exported_names(f"equiflop.{package}")) - last
