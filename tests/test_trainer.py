@@ -313,6 +313,11 @@ class TestMistakes:
             config_for(tmp_path, **options)
 
 
+def test_the_best_needs_a_measurement(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="best='pixels' names what measure gives, and there is no measure"):
+        Trainer(network(), objective, TensorDataset(*scenes()), config_for(tmp_path), best="pixels")
+
+
 def test_the_lowest_may_be_the_best(tmp_path: Path) -> None:
     values = iter([3.0, 1.0, 2.0])
     data = TensorDataset(*scenes())
@@ -382,7 +387,7 @@ fsdp = sys.argv[4] == "fsdp"
 size = int(sys.argv[3])
 config = RunConfig(out=sys.argv[2], epochs=3, batch_size=size, lr=1e-2, ema_decay=0.9, device="cpu", fsdp=fsdp)
 processes = Processes.join("cpu", fsdp)
-torch.manual_seed(0 if fsdp else processes.rank)  # without fsdp the first one's weights are everybody's
+torch.manual_seed(processes.rank)  # the first one's weights are everybody's
 data = TensorDataset(*scenes(48))
 trainer = Trainer(Net(), objective, data, config, measure=measure, best="pixels", processes=processes)
 trainer.resume()

@@ -22,10 +22,17 @@ class Measurement:
         measure: gives the numbers; None if there are none.
         best: name of the one whose highest value is the best, or with "-" before it the lowest; "" for the lowest
             training loss.
+
+    Raises:
+        ValueError: if a number should tell the best epoch and nothing is measured.
     """
 
     measure: Measure | None
     best: str
+
+    def __post_init__(self) -> None:
+        if self.best and self.measure is None:
+            raise ValueError(f"best={self.best!r} names what measure gives, and there is no measure; give one")
 
     @torch.no_grad()
     def of(self, networks: Sequence[nn.Module]) -> dict[str, float]:
@@ -53,7 +60,7 @@ class Measurement:
 
     def score(self, record: EpochRecord) -> float:
         """What tells the best epoch, the higher the better: of the averaged weights where there are any."""
-        if self.measure is None or not self.best:
+        if not self.best:
             return -record.train_loss
         name = self.best.removeprefix("-")
         value = record.metrics.get(f"ema_{name}", record.metrics[f"test_{name}"])

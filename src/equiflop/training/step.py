@@ -83,6 +83,7 @@ class Learner:
         )
         self._steps_per_epoch = steps_per_epoch
         self._to_compile = config.compile
+        self.compiling = False  # until the first step has been made
         self._graphs = config.compile_mode != "default" and self.device.type == "cuda"
 
     @property
@@ -105,6 +106,7 @@ class Learner:
             progress.print(f"torch.compile does not work here ({problem}); going on without it")
             return
         progress.note("compiling, which takes up to a minute")
+        self.compiling = True
         for part in (units(self.model) if self.config.fsdp else []) or [self.model]:
             part.compile(dynamic=False, mode=self.config.compile_mode)
 
@@ -138,6 +140,7 @@ class Learner:
 
     def update(self, epoch: int, step: int) -> None:
         """Change the weights by the gradients, and then their average."""
+        self.compiling = False
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -145,6 +148,8 @@ class Learner:
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model, step=self._total(epoch, step) + 1)
+        if self._graphs:  # gradients lie where the next recorded pass, maybe one of a measurement, writes
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _total(self, epoch: int, step: int) -> int:
         return epoch * self._steps_per_epoch + step

@@ -33,7 +33,7 @@ class Trainer:
     follows from (seed, epoch, step, process).
 
     Args:
-        model: any network; its weights must be the same in every process if they are shared out (``fsdp``).
+        model: any network; all processes take the first one's weights.
         objective: ``objective(network, batch)`` gives the loss of a batch, a scalar tensor, or ``(loss, metrics)`` with
             metrics by name, each one value per sample ``(B,)`` or their mean. ``network`` is the model as a function.
         data: a map-style dataset of torch, or an object with the methods of :class:`Samples`. An epoch leaves out what
@@ -220,7 +220,7 @@ class Trainer:
         try:
             sums = self.learner.gradients(batches, self.epoch, self.step)
         except RuntimeError:  # Ctrl-C in a terminal also ends a compiler that the first step waits for
-            if self.processes.count == 1:
+            if self.processes.count == 1 and self.learner.compiling:
                 self._stop_if_asked()
             raise
         running = self._running
