@@ -139,7 +139,7 @@ def train(
         loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
         return loss, {"accuracy": logits.argmax(1) == labels}
 
-    settings = {"epochs": epochs, "batch_size": 32, "lr": 4e-3, "warmup_epochs": 0.3 * epochs, "clip_grad": 0.0}
+    settings = {"epochs": epochs, "batch_size": 32, "lr": 4e-3, "warmup_epochs": 0.1 * epochs, "clip_grad": 0.0}
     trainer = shared.train(f"{name} {seed}", model, objective, data, folder, seed=seed, **settings)
     return shared.training_seconds(trainer)
 

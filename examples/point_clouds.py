@@ -204,7 +204,7 @@ def train(
         return F.cross_entropy(logits, classes), {"accuracy": logits.argmax(1) == classes}
 
     epochs = arguments.epochs * NETWORKS[network]
-    settings = {"epochs": epochs, "batch_size": arguments.batch, "lr": arguments.lr, "warmup_epochs": 0.3 * epochs}
+    settings = {"epochs": epochs, "batch_size": arguments.batch, "lr": arguments.lr, "warmup_epochs": 0.1 * epochs}
     trainer = shared.train(network, model, objective, (clouds, labels), folder, seed=arguments.seed, **settings)
     return statistics.median(record.seconds for record in trainer.history)
 

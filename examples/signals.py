@@ -133,7 +133,7 @@ def train(name: str, model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: 
         loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
         return loss, {"accuracy": logits.argmax(1) == labels}
 
-    settings = {"epochs": epochs, "batch_size": 64, "lr": 2e-3, "warmup_epochs": 0.3 * epochs, "clip_grad": 0.0}
+    settings = {"epochs": epochs, "batch_size": 64, "lr": 2e-3, "warmup_epochs": 0.1 * epochs, "clip_grad": 0.0}
     trainer = shared.train(f"{name} {seed}", model, objective, (x, y), folder, seed=seed, **settings)
     return shared.training_seconds(trainer)
 
