@@ -9,7 +9,7 @@ over the image and its mirror image), E with one.
 
     python examples/pose.py --output benchmarks/pose.json --figure docs/pose.png
 
-``--quick`` runs everything in seconds on a few figures; its numbers mean nothing.
+``--quick`` runs everything in seconds on a few figures; its numbers mean nothing. A long file, since it draws its data.
 """
 
 from __future__ import annotations

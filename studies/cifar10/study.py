@@ -5,6 +5,7 @@
     python studies/cifar10/study.py report                 # writes README.md's tables and accuracy.png
 
 Every finished run is one line of results.jsonl; a run that was stopped goes on from its checkpoint.
+A long file, since all that decides its numbers stands in it.
 """
 
 from __future__ import annotations
