@@ -21,12 +21,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from equiflop.benchmark.machine import describe_machine
 from equiflop.deploy import TARGETS, export, read_notes
 from equiflop.deploy.proof import beside_plain, sample_images
 from equiflop.deploy.subject import Subject
 from equiflop.files import write_text
 from equiflop.models.entry_points import plain_twin
+from equiflop.runtime.machine import describe_machine
 
 MODELS = ("flop_deit3_base_patch16_224", "octic_deit3_base_patch16_224")
 RUNTIMES = (

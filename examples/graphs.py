@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shared
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -48,7 +47,7 @@ NODES = 34
 DISTANCES = (0.0, 1.0, 2.0, 3.0, 4.5, 6.0)
 WIDTH = 0.7
 
-Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Forward = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
 
 
 def node_lists(images: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -72,7 +71,7 @@ def all_lists() -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     return [node_lists(view) for view in views], torch.tensor(digits.target)
 
 
-def shuffled(nodes: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def shuffled(nodes: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """The nodes of every set in a random order, the padding still behind them."""
     keys = torch.rand(mask.shape, generator=generator).masked_fill(~mask, 2.0)
     return nodes.gather(1, keys.argsort(1).unsqueeze(-1).expand_as(nodes))
@@ -107,42 +106,42 @@ class ListNetwork(nn.Module):
         return self.layers(nodes)
 
 
-def graph_forward(model: nn.Module, nodes: Tensor, mask: Tensor) -> Tensor:
+def graph_forward(model: Callable[..., Tensor], nodes: Tensor, mask: Tensor) -> Tensor:
     """Ink on the nodes, distances on the edges; no padding beyond the largest graph of the batch."""
     n = int(mask.sum(1).max())
     return model(nodes[:, :n, 2:], edge_features(nodes[:, :n]), mask[:, :n])
 
 
-def set_forward(model: nn.Module, nodes: Tensor, mask: Tensor) -> Tensor:
+def set_forward(model: Callable[..., Tensor], nodes: Tensor, mask: Tensor) -> Tensor:
     """Row, column and ink on the nodes."""
     return model(nodes, mask)
 
 
-def list_forward(model: nn.Module, nodes: Tensor, mask: Tensor) -> Tensor:
+def list_forward(model: Callable[..., Tensor], nodes: Tensor, mask: Tensor) -> Tensor:
     """Row, column and ink one after the other; the padding is zero."""
     return model(nodes)
 
 
 def train(
-    model: nn.Module, forward: Forward, data: tuple[Tensor, Tensor, Tensor], epochs: int, seed: int, shuffle: bool
+    name: str,
+    model: nn.Module,
+    forward: Forward,
+    data: tuple[Tensor, Tensor, Tensor],
+    epochs: int,
+    seed: int,
+    folder: Path,
 ) -> float:
-    """AdamW with a one-cycle schedule; returns the seconds that it took."""
-    nodes, mask, labels = data
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
-    steps = epochs * -(-len(labels) // 32)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    start = time.perf_counter()
-    model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(labels), generator=generator).split(32):
-            inputs = shuffled(nodes[batch], mask[batch], generator) if shuffle else nodes[batch]
-            loss = F.cross_entropy(forward(model, inputs, mask[batch]), labels[batch], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return time.perf_counter() - start
+    """Train a network in place on nodes, masks and labels; returns the seconds that it took."""
+
+    def objective(network: Callable[..., Tensor], batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        nodes, mask, labels = batch
+        logits = forward(network, shuffled(nodes, mask) if name.endswith("shuffled data") else nodes, mask)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
+        return loss, {"accuracy": logits.argmax(1) == labels}
+
+    settings = {"epochs": epochs, "batch_size": 32, "lr": 4e-3, "warmup_epochs": 0.1 * epochs, "clip_grad": 0.0}
+    trainer = shared.train(f"{name} {seed}", model, objective, data, folder, seed=seed, **settings)
+    return shared.training_seconds(trainer)
 
 
 @torch.inference_mode()
@@ -179,28 +178,27 @@ def evaluate(model: nn.Module, forward: Forward, views: list[tuple[Tensor, Tenso
     }
 
 
-def compare(quick: bool, seeds: int) -> list[dict[str, Any]]:
+def compare(quick: bool, seeds: int, out: Path) -> list[dict[str, Any]]:
     """Train and test all networks, once per seed; the rows of the table, one per network, runs inside."""
     epochs = {"graph": 1 if quick else 30, "others": 2 if quick else 60}
     node_width, edge_width, depth = (8, 4, 1) if quick else (32, 12, 2)
     set_width, list_width = (16, 16) if quick else (60, 102)
     points = ((NODES, 3),)
-    networks: dict[str, tuple[Callable[[], nn.Module], Forward, bool, tuple[tuple[int, ...], ...]]] = {
+    networks: dict[str, tuple[Callable[[], nn.Module], Forward, tuple[tuple[int, ...], ...]]] = {
         "graph": (
             lambda: GraphNetwork(1, len(DISTANCES), CLASSES, node_width=node_width, edge_width=edge_width, depth=depth),
             graph_forward,
-            False,
             ((NODES, 1), (NODES, NODES, len(DISTANCES))),
         ),
-        "set": (lambda: SetNetwork(3, CLASSES, width=set_width, depth=3), set_forward, False, points),
-        "list": (lambda: ListNetwork(list_width), list_forward, False, points),
-        "list, shuffled data": (lambda: ListNetwork(list_width), list_forward, True, points),
+        "set": (lambda: SetNetwork(3, CLASSES, width=set_width, depth=3), set_forward, points),
+        "list": (lambda: ListNetwork(list_width), list_forward, points),
+        "list, shuffled data": (lambda: ListNetwork(list_width), list_forward, points),
     }
     views, labels = all_lists()
     rows = []
     print(f"{'network':<21}{'parameters':>11}{'MACs':>12}{'accuracy':>10}{'shuffled':>10}{'turned':>10}{'train s':>9}"
           f"{'digits/s':>10}")  # fmt: skip
-    for name, (make, forward, shuffle, shapes) in networks.items():
+    for name, (make, forward, shapes) in networks.items():
         runs = []
         for seed in range(seeds):
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -208,7 +206,9 @@ def compare(quick: bool, seeds: int) -> list[dict[str, Any]]:
             torch.manual_seed(seed)
             model = make()
             data = (views[0][0][first], views[0][1][first], labels[first])
-            seconds = train(model, forward, data, epochs["graph" if name == "graph" else "others"], seed, shuffle)
+            passes = epochs["graph" if name == "graph" else "others"]
+            with shared.folder_for(out, quick) as folder:
+                seconds = train(name, model, forward, data, passes, seed, folder)
             test_views = [(nodes[test], mask[test]) for nodes, mask in views]
             runs.append({"seed": seed, "train_seconds": seconds, **evaluate(model, forward, test_views, labels[test])})
         row = {
@@ -237,19 +237,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny networks, hardly trained: seconds, no result")
     parser.add_argument("--seeds", type=int, default=2, help="runs with different splits and weights")
+    parser.add_argument("--out", type=Path, default=Path("runs/graphs"), help="folder for checkpoints")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    rows = compare(arguments.quick, 1 if arguments.quick else arguments.seeds)
+    rows = compare(arguments.quick, 1 if arguments.quick else arguments.seeds, arguments.out)
     if arguments.output:
-        result = {
-            "command": "python " + " ".join(sys.argv),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "nodes": NODES,
-            "networks": rows,
-        }
+        result = shared.record(nodes=NODES, networks=rows)
         write_text(arguments.output, json.dumps(result, indent=2) + "\n")
 
 

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shared
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -168,7 +166,7 @@ def turned(clouds: Tensor, matrices: Tensor) -> Tensor:
     return clouds @ matrices.mT
 
 
-def cube_turns(count: int, generator: torch.Generator) -> Tensor:
+def cube_turns(count: int, generator: torch.Generator | None = None) -> Tensor:
     """Random rotations of a cube, ``(count, 3, 3)``."""
     matrices = torch.from_numpy(octahedral_rotations()).float()
     return matrices[torch.randint(len(matrices), (count,), generator=generator)]
@@ -193,31 +191,22 @@ def build(network: str, width: int, depth: int, heads: int) -> nn.Module:
     return PointTransformer(len(SOLIDS), group="rotations" if network == "E(24)" else "full", **options)
 
 
-def train(network: str, model: nn.Module, clouds: Tensor, labels: Tensor, arguments: argparse.Namespace) -> float:
-    """AdamW with one cycle of the learning rate; the median of the seconds per epoch."""
+def train(
+    network: str, model: nn.Module, clouds: Tensor, labels: Tensor, arguments: argparse.Namespace, folder: Path
+) -> float:
+    """Train a network in place; the median of the seconds per epoch."""
+
+    def objective(model: Callable[[Tensor], Tensor], batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        points, classes = batch
+        if "augmented" in network:
+            points = turned(points, cube_turns(len(points)))
+        logits = model(points)
+        return F.cross_entropy(logits, classes), {"accuracy": logits.argmax(1) == classes}
+
     epochs = arguments.epochs * NETWORKS[network]
-    generator = torch.Generator().manual_seed(arguments.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.05)
-    batches = len(clouds) // arguments.batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, total_steps=epochs * batches)
-    seconds = []
-    model.train()
-    for _ in range(epochs):
-        start = time.perf_counter()
-        order = torch.randperm(len(clouds), generator=generator)[: batches * arguments.batch]
-        for chosen in order.split(arguments.batch):
-            batch = clouds[chosen]
-            if "augmented" in network:
-                batch = turned(batch, cube_turns(len(batch), generator))
-            loss = F.cross_entropy(model(batch), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        seconds.append(time.perf_counter() - start)
-        print(f"  epoch {len(seconds):3d}/{epochs}  loss {loss.item():.3f}", file=sys.stderr, flush=True)
-    return statistics.median(seconds)
+    settings = {"epochs": epochs, "batch_size": arguments.batch, "lr": arguments.lr, "warmup_epochs": 0.1 * epochs}
+    trainer = shared.train(network, model, objective, (clouds, labels), folder, seed=arguments.seed, **settings)
+    return statistics.median(record.seconds for record in trainer.history)
 
 
 @torch.inference_mode()
@@ -225,19 +214,6 @@ def predict(model: nn.Module, clouds: Tensor, batch: int) -> Tensor:
     """The class of every cloud."""
     model.eval()
     return torch.cat([model(part).argmax(dim=-1) for part in clouds.split(batch)])
-
-
-@torch.inference_mode()
-def clouds_per_second(models: dict[str, nn.Module], clouds: Tensor, rounds: int = 7) -> dict[str, float]:
-    """Throughput in evaluation mode on one batch: networks in turns, median of the rounds after two to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds + 2):
-        for name, model in models.items():
-            model.eval()
-            start = time.perf_counter()
-            model(clouds)
-            times[name].append(time.perf_counter() - start)
-    return {name: len(clouds) / statistics.median(values[2:]) for name, values in times.items()}
 
 
 def experiment(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -255,8 +231,8 @@ def experiment(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for network in arguments.networks:
         torch.manual_seed(arguments.seed)
         model = build(network, arguments.width, arguments.depth, arguments.heads)
-        print(network, file=sys.stderr)
-        seconds = train(network, model, clouds, labels, arguments)
+        with shared.folder_for(arguments.out, arguments.quick) as folder:
+            seconds = train(network, model, clouds, labels, arguments, folder)
         predictions = {name: predict(model, test, arguments.batch) for name, test in tests.items()}
         called_a_screw = (predictions["upright"] == SCREWS[0]) | (predictions["upright"] == SCREWS[1])
         row: dict[str, Any] = {
@@ -277,8 +253,8 @@ def throughput_by_width(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     clouds, _ = make_clouds(32, arguments.points, arguments.seed)
     rows: list[dict[str, Any]] = []
     for width in (96, 192, 384, 768):
-        models = {name: build(name, width, arguments.depth, width // 48) for name in ("plain", "E(24)", "E(48)")}
-        speed = clouds_per_second(models, clouds)
+        models = {name: build(name, width, arguments.depth, width // 48).eval() for name in ("plain", "E(24)", "E(48)")}
+        speed = shared.throughput(models, clouds, rounds=7)
         counts = {name: macs(model, ((arguments.points, 3),)) for name, model in models.items()}
         rows.append({"width": width, "macs": counts, "clouds per second": speed})
     return rows
@@ -331,6 +307,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="clouds per step (default 32)")
     parser.add_argument("--lr", type=float, default=2e-3, help="largest learning rate (default 0.002)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, parameters and order (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("runs/point-clouds"), help="folder for checkpoints")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -352,14 +329,8 @@ def main() -> None:
         print_experiment(rows)
         key = "network"
     if arguments.output:
-        run = {
-            "command": "python " + " ".join(sys.argv),
-            "settings": {option: value for option, value in vars(arguments).items() if option != "output"},
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        }
+        settings = {option: value for option, value in vars(arguments).items() if option not in ("out", "output")}
+        run = shared.record(settings=settings)
         write_json(arguments.output, {name: {str(row[key]): {**row, "run": run} for row in rows}})
 
 

@@ -9,7 +9,7 @@ over the image and its mirror image), E with one.
 
     python examples/pose.py --output benchmarks/pose.json --figure docs/pose.png
 
-``--quick`` runs everything in seconds on a few figures; its numbers mean nothing.
+``--quick`` runs everything in seconds on a few figures; its numbers mean nothing. A long file, since it draws its data.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import dense_training
 import numpy as np
+import shared
 import torch
 from PIL import Image, ImageDraw
 from timm.models.vision_transformer import VisionTransformer
@@ -210,9 +210,6 @@ class Figures:
             self.heights,
         )
 
-    def __getitem__(self, index: Tensor) -> Figures:
-        return Figures(self.images[index], self.joints[index], self.heights[index])
-
 
 def draw_figures(count: int, seed: int) -> Figures:
     """``count`` figures."""
@@ -258,7 +255,7 @@ def build(name: str, recipe: Recipe) -> nn.Module:
     return PoseEstimator(EquivariantVisionTransformer(**options, group="flop"), len(JOINTS), FLIP_PAIRS)
 
 
-def train(name: str, model: nn.Module, figures: Figures, recipe: Recipe) -> float:
+def train(name: str, model: nn.Module, figures: Figures, recipe: Recipe, folder: Path) -> float:
     """Train a network in place, every image mirrored half of the time.
 
     Returns:
@@ -266,13 +263,26 @@ def train(name: str, model: nn.Module, figures: Figures, recipe: Recipe) -> floa
     """
     height, width = (round(SCALE * side) for side in SIZE)
 
-    def loss_of(index: Tensor, generator: torch.Generator) -> Tensor:
-        batch = figures[index].mirrored(torch.rand(len(index), generator=generator) < 0.5)
+    def objective(network: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> Tensor:
+        batch = Figures(*tensors).mirrored(torch.rand(len(tensors[0])) < 0.5)
         visible = torch.ones(batch.joints.shape[:2], dtype=torch.bool)
         wanted = target_heatmaps(SCALE * batch.joints - 0.5, visible, (height, width), recipe.sigma)
-        return 100 * (model(batch.images) - wanted).square().mean()
+        return 100 * (network(batch.images) - wanted).square().mean()
 
-    return dense_training.train(name, model, len(figures.images), loss_of, recipe, warmup=0.05)
+    trainer = shared.train(
+        name,
+        model,
+        objective,
+        (figures.images, figures.joints, figures.heights),
+        folder,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_epochs=0.05 * recipe.epochs,
+        seed=recipe.seed,
+    )
+    return shared.training_rate(trainer)
 
 
 def two_passes(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -374,6 +384,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
     parser.add_argument("--seed", type=int, default=0, help="seed of figures, weights and batches")
     parser.add_argument("--epochs", type=int, help="passes over the training figures")
+    parser.add_argument("--out", type=Path, default=Path("runs/pose"), help="folder for checkpoints")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--figure", type=Path, help="PNG file to write; needs matplotlib")
     options = parser.parse_args()
@@ -387,8 +398,8 @@ def main() -> None:
     for name in NETWORKS:
         torch.manual_seed(recipe.seed)
         model = build(name, recipe)
-        speed = train(name, model, training, recipe)
-        model.eval()
+        with shared.folder_for(options.out, options.quick) as folder:
+            speed = train(name, model, training, recipe, folder)
         models[name] = model
         row = {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -400,7 +411,7 @@ def main() -> None:
             twice = f"{name}, flip test"
             models[twice] = two_passes(model)
             rows[twice] = {**row, "macs": 2 * row["macs"], "scores": evaluate(models[twice], test)}
-    for name, rate in dense_training.throughput(models, test.images[:64], rounds=2 if options.quick else 15).items():
+    for name, rate in shared.throughput(models, test.images[:64], rounds=2 if options.quick else 15).items():
         rows[name]["images_per_second"] = rate
     print(table(rows))
     seconds = time.perf_counter() - start
@@ -408,7 +419,9 @@ def main() -> None:
     if options.figure:
         draw_figure(options.figure, models, test)
     if options.output:
-        result = dense_training.record(recipe, seconds, rows, joints=JOINTS, flip_pairs=FLIP_PAIRS)
+        result = shared.record(
+            seconds=seconds, recipe=asdict(recipe), joints=JOINTS, flip_pairs=FLIP_PAIRS, networks=rows
+        )
         write_text(options.output, json.dumps(result, indent=2) + "\n")
 
 

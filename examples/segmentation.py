@@ -18,12 +18,12 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import dense_training
 import numpy as np
+import shared
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -160,17 +160,33 @@ def build(name: str, recipe: Recipe) -> nn.Module:
     return Segmenter(EquivariantVisionTransformer(**options, group=name.split()[1]), len(CLASSES))
 
 
-def train(name: str, model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -> float:
-    """Train a network in place; no augmentation.
+def objective(network: Callable[[Tensor], Tensor], batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of all pixels, and the share of each scene's pixels that are right; no augmentation."""
+    images, labels = batch
+    logits = network(images)
+    return F.cross_entropy(logits, labels), {"pixel_accuracy": (logits.argmax(1) == labels).float().mean((1, 2))}
+
+
+def train(name: str, model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, folder: Path) -> float:
+    """Train a network in place.
 
     Returns:
         images per second.
     """
-
-    def loss_of(index: Tensor, generator: torch.Generator) -> Tensor:
-        return F.cross_entropy(model(images[index]), labels[index])
-
-    return dense_training.train(name, model, len(images), loss_of, recipe, warmup=0.1)
+    trainer = shared.train(
+        name,
+        model,
+        objective,
+        (images, labels),
+        folder,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_epochs=0.1 * recipe.epochs,
+        seed=recipe.seed,
+    )
+    return shared.training_rate(trainer)
 
 
 @torch.no_grad()
@@ -272,11 +288,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and batches")
     parser.add_argument("--epochs", type=int, help="passes over the training scenes")
+    parser.add_argument("--scenes", type=int, help="to train on")
+    parser.add_argument("--out", type=Path, default=Path("runs/segmentation"), help="folder for checkpoints")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--figure", type=Path, help="PNG file to write; needs matplotlib")
     options = parser.parse_args()
     base = QUICK if options.quick else FULL
-    recipe = Recipe(**{**asdict(base), "seed": options.seed, "epochs": options.epochs or base.epochs})
+    given = {"seed": options.seed, "epochs": options.epochs, "train_scenes": options.scenes}
+    recipe = replace(base, **{name: value for name, value in given.items() if value is not None})
     start = time.perf_counter()
     train_images, train_labels = draw_scenes(recipe.train_scenes, seed=2 * recipe.seed)
     test_images, test_labels = draw_scenes(recipe.test_scenes, seed=2 * recipe.seed + 1)
@@ -285,14 +304,15 @@ def main() -> None:
     for name in NETWORKS:
         torch.manual_seed(recipe.seed)
         models[name] = build(name, recipe)
-        speed = train(name, models[name], train_images, train_labels, recipe)
+        with shared.folder_for(options.out, options.quick) as folder:
+            speed = train(name, models[name], train_images, train_labels, recipe, folder)
         rows[name] = {
             "parameters": sum(p.numel() for p in models[name].parameters()),
             "macs": equiflop.macs(models[name], (SIDE, SIDE)),
             "training_images_per_second": speed,
             "scores": evaluate(models[name], test_images, test_labels),
         }
-    for name, rate in dense_training.throughput(models, test_images[:64], rounds=2 if options.quick else 15).items():
+    for name, rate in shared.throughput(models, test_images[:64], rounds=2 if options.quick else 15).items():
         rows[name]["images_per_second"] = rate
     print(table(rows))
     seconds = time.perf_counter() - start
@@ -300,7 +320,7 @@ def main() -> None:
     if options.figure:
         draw_figure(options.figure, models, test_images, test_labels)
     if options.output:
-        result = dense_training.record(recipe, seconds, rows, classes=CLASSES)
+        result = shared.record(seconds=seconds, recipe=asdict(recipe), classes=CLASSES, networks=rows)
         write_text(options.output, json.dumps(result, indent=2) + "\n")
 
 

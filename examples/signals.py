@@ -18,23 +18,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shared
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from equiflop import macs
-from equiflop.benchmark.timing import time_in_turns
 from equiflop.files import write_text
 from equiflop.models.signal_network import SignalNetwork
 from equiflop.nn.circulant import CirculantLinear
@@ -89,7 +86,7 @@ def load_signals(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return signals[train], labels[train], signals[test], labels[test]
 
 
-def shifted(signals: Tensor, generator: torch.Generator) -> Tensor:
+def shifted(signals: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Every signal rolled by a random number of places."""
     offsets = torch.randint(ANGLES, (len(signals), 1), generator=generator)
     places = (torch.arange(ANGLES) - offsets) % ANGLES
@@ -127,23 +124,18 @@ class PlainNetwork(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(x.flatten(-2)))))
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int, shift: bool) -> float:
-    """AdamW with a one-cycle schedule; returns the seconds that it took."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    steps = epochs * -(-len(x) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    start = time.perf_counter()
-    model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=generator).split(64):
-            signals = shifted(x[batch], generator) if shift else x[batch]
-            loss = F.cross_entropy(model(signals), y[batch], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return time.perf_counter() - start
+def train(name: str, model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int, folder: Path) -> float:
+    """Train a network in place; returns the seconds that it took."""
+
+    def objective(network: Callable[[Tensor], Tensor], batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        signals, labels = batch
+        logits = network(shifted(signals) if name.endswith("shifted data") else signals)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
+        return loss, {"accuracy": logits.argmax(1) == labels}
+
+    settings = {"epochs": epochs, "batch_size": 64, "lr": 2e-3, "warmup_epochs": 0.1 * epochs, "clip_grad": 0.0}
+    trainer = shared.train(f"{name} {seed}", model, objective, (x, y), folder, seed=seed, **settings)
+    return shared.training_seconds(trainer)
 
 
 @torch.inference_mode()
@@ -153,7 +145,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     straight = model(x).argmax(-1)
     rolled = torch.stack([model(shifted(x, generator)).argmax(-1) for _ in range(5)])
-    seconds = median_seconds({"all": lambda: model(x)}, 5)["all"]
+    seconds = shared.median_seconds({"all": lambda: model(x)}, 5)["all"]
     wrong: dict[str, int] = {}
     for true, found in zip(y.tolist(), straight.tolist(), strict=True):
         if true != found:
@@ -167,34 +159,28 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
     }
 
 
-def median_seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each way, measured in turns after one warm-up call."""
-    times = time_in_turns(ways, rounds, 0.0, torch.device("cpu"), warm_up=1)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def compare_networks(quick: bool, seeds: int) -> list[dict[str, Any]]:
+def compare_networks(quick: bool, seeds: int, out: Path) -> list[dict[str, Any]]:
     """Train and test all networks, once per seed; the rows of the table, one per network, runs inside."""
     width, depth, dropout, epochs = (8, 1, 0.0, 2) if quick else (24, 3, 0.2, 40)
     wide = (ANGLES * width, width)
     narrow = (64, 8) if quick else (144, 8)
-    networks: dict[str, tuple[Callable[[], nn.Module], bool]] = {
-        "shift-invariant": (lambda: SignalNetwork(ANGLES, CHANNELS, CLASSES, width=width, depth=depth, dropout=dropout),
-                            False),
-        "plain, same width": (lambda: PlainNetwork(*wide, depth, dropout), False),
-        "plain, same parameters": (lambda: PlainNetwork(*narrow, depth, dropout), False),
-        "plain, same parameters, shifted data": (lambda: PlainNetwork(*narrow, depth, dropout), True),
-    }  # fmt: skip
+    networks: dict[str, Callable[[], nn.Module]] = {
+        "shift-invariant": lambda: SignalNetwork(ANGLES, CHANNELS, CLASSES, width=width, depth=depth, dropout=dropout),
+        "plain, same width": lambda: PlainNetwork(*wide, depth, dropout),
+        "plain, same parameters": lambda: PlainNetwork(*narrow, depth, dropout),
+        "plain, same parameters, shifted data": lambda: PlainNetwork(*narrow, depth, dropout),
+    }
     rows = []
     print(f"{'network':<38}{'parameters':>12}{'MACs':>13}{'accuracy':>10}{'shifted':>10}{'changed':>10}"
           f"{'train s':>9}{'signals/s':>11}")  # fmt: skip
-    for name, (make, shift) in networks.items():
+    for name, make in networks.items():
         runs = []
         for seed in range(seeds):
             x, y, test_x, test_y = load_signals(seed)
             torch.manual_seed(seed)
             model = make()
-            seconds = train(model, x, y, epochs, seed, shift)
+            with shared.folder_for(out, quick) as folder:
+                seconds = train(name, model, x, y, epochs, seed, folder)
             runs.append({"seed": seed, "train_seconds": seconds, **evaluate(model, test_x, test_y)})
         row = {
             "network": name,
@@ -225,7 +211,7 @@ def compare_paths(quick: bool, channels: int = 16, batch: int = 16) -> dict[str,
             "fft": lambda layer=layer, x=x: layer(x),
             "dense": lambda matrix=matrix, x=x: F.linear(x.flatten(1), matrix),
         }
-        seconds = median_seconds(ways, 5 if n > 512 else 15)
+        seconds = shared.median_seconds(ways, 5 if n > 512 else 15)
         count = macs(layer, ((n, channels),))
         dense, speedup = (n * channels) ** 2, seconds["dense"] / seconds["fft"]
         rows.append({"n": n, "fft_macs": count, "dense_macs": dense, "seconds": seconds, "speedup": speedup})
@@ -242,22 +228,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny networks and few lengths: seconds, no result")
     parser.add_argument("--seeds", type=int, default=3, help="runs with different splits and weights")
+    parser.add_argument("--out", type=Path, default=Path("runs/signals"), help="folder for checkpoints")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    networks = compare_networks(arguments.quick, 1 if arguments.quick else arguments.seeds)
+    networks = compare_networks(arguments.quick, 1 if arguments.quick else arguments.seeds, arguments.out)
     paths = compare_paths(arguments.quick)
     if arguments.output:
-        result = {
-            "command": "python " + " ".join(sys.argv),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "angles": ANGLES,
-            "channels": CHANNELS,
-            "networks": networks,
-            "paths": paths,
-        }
+        result = shared.record(angles=ANGLES, channels=CHANNELS, networks=networks, paths=paths)
         write_text(arguments.output, json.dumps(result, indent=2) + "\n")
 
 

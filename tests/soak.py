@@ -27,12 +27,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from equiflop.classify import ClassifierTrainer, TrainConfig
 from equiflop.data import ImageData, MemorySplit, Preprocessing
-from equiflop.training import TrainConfig, Trainer
-from equiflop.training.processes import leave
+from equiflop.runtime.processes import leave
 from equiflop.training.state import CHECKPOINT_FOLDER, load_state, saved_states
 
-_TIMES = ("seconds", "images_per_second")
+_TIMES = ("seconds", "samples_per_second")
 
 
 @dataclass
@@ -147,7 +147,7 @@ def _train(folder: Path, rank: int, setting: Setting, port: str) -> None:
         os.dup2(log, 2)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(setting.count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        trainer = Trainer(config(folder, setting.fsdp), images())
+        trainer = ClassifierTrainer(config(folder, setting.fsdp), images())
         trainer.resume()
         trainer.run()
         leave()

@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import official_networks as official
+from equiflop.classify.weights import load_model
 from equiflop.cli.main import main
 from equiflop.convert.files import read_official
-from equiflop.training.checkpoint import load_model
 
 MODEL = "flop_convnext_isotropic_small"
 SETTINGS = ["--set", "patch_size=8", "--set", "depth=2", "--set", "dim=16", "--set", "ls_init_value=1e-6"]

@@ -82,6 +82,16 @@ def test_another_recipe_in_the_same_folder_is_refused_until_told(data: str, trai
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000005.pt", "best.pt"}
 
 
+def test_the_mode_of_compilation(data: str, tmp_path: Path) -> None:
+    """On a CPU there are no CUDA graphs to record, and training is that of the default."""
+    options = ["--data", data, "--epochs", "1", "--out", str(tmp_path)]
+    assert_one_line(run("train", *SMALL, *options, "--compile-mode", "fast"), "compile_mode='fast'", "reduce-overhead")
+    assert_one_line(run("train", *SMALL, *options, "--compile-mode", "max-autotune"), "max-autotune", "--compile")
+    result = run("train", *SMALL, *options, "--compile", "--compile-mode", "reduce-overhead")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "config.json").read_text())["compile_mode"] == "reduce-overhead"
+
+
 def test_eval_reports_mirrored_changes(data: str, trained: Path) -> None:
     result = run("eval", str(trained), "--json", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -142,7 +152,7 @@ def test_bugs_are_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: str) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("equiflop.training.load_model", broken)
+    monkeypatch.setattr("equiflop.classify.load_model", broken)
     assert isinstance(run("eval", "none").exception, RuntimeError)
 
 

@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 
 from equiflop.benchmark.timing import throughput_in_turns
+from equiflop.classify import load_model
 from equiflop.data import DataNotFoundError, open_data
 from equiflop.demo import DemoSettings, comparison, run_demo
 from equiflop.demo.results import E_NAME, PLAIN_NAME, format_table
-from equiflop.training import TrainingInterrupted, load_model
-from equiflop.training.progress import Progress
+from equiflop.files import sole_user
+from equiflop.runtime.progress import Progress
+from equiflop.training import TrainingInterrupted
 from test_data import write_fashion_mnist
 
 pytest.importorskip("matplotlib")
@@ -82,6 +84,13 @@ def test_an_interrupted_demo_goes_on_where_it_stopped(tmp_path: Path, monkeypatc
     assert not any("epoch 1/2" in line for line in again)
     assert sum("epoch 2/2" in line for line in again) == 2
     assert [row.evaluation for row in results.rows] == [row.evaluation for row in whole.rows]
+
+
+def test_two_demos_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    data = str(write_fashion_mnist(tmp_path / "data", 640, 50))
+    with sole_user(tmp_path / "plain"), pytest.raises(ValueError, match="another process is training there"):
+        run_demo(quick(tmp_path, data=data), str)
+    assert not (tmp_path / "equivariant" / "checkpoints").exists()
 
 
 def test_throughput_takes_turns_and_reports_the_median() -> None:

@@ -85,11 +85,14 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if [*blocks(page, "python")]], ids=name_of)
-def test_python_runs(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(
+    page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A page's blocks one after the other, in one module."""
     to_run = [block for block, skipped in blocks(page, "python") if skipped is None]
     if any("net.onnx" in block for block in to_run):
         request.getfixturevalue("exported")
+    monkeypatch.chdir(tmp_path)
     module = types.ModuleType("a_page_of_the_docs")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for i, block in enumerate(to_run):
@@ -209,7 +212,18 @@ def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert built.returncode == 0, built.stdout + built.stderr
     pages = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.html")}
-    for package in ("groups", "nn", "models", "kernels", "convert", "data", "training", "deploy"):
+    for package in (
+        "groups",
+        "nn",
+        "models",
+        "kernels",
+        "convert",
+        "data",
+        "training",
+        "classify",
+        "runtime",
+        "deploy",
+    ):
         shown = re.findall(r'id="equiflop\.([\w.]+)"', pages[f"api/{package}.html"])
         last = {name.rpartition(".")[2] for name in shown}
         assert not set(exported_names(f"equiflop.{package}")) - last

@@ -14,10 +14,11 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from equiflop.classify import ClassifierTrainer, TrainConfig
 from equiflop.cli.main import main
 from equiflop.data import open_data, read_image
 from equiflop.data.sources import ShardImages
-from equiflop.training import CheckpointError, TrainConfig, Trainer
+from equiflop.training import CheckpointError
 from equiflop.training.state import load_state, saved_states
 
 SMALL = ["flop_deit3_tiny_patch16_224", "--set", "patch_size=8", "--set", "embed_dim=16", "--set", "depth=1"]
@@ -266,12 +267,12 @@ def test_a_checkpoint_cut_at_fifty_places_is_named_and_the_one_before_loads(tmp_
         batch_size=500,
         device="cpu",
     )
-    Trainer(config).run()
+    ClassifierTrainer(config).run()
     newest, previous = saved_states(tmp_path / "checkpoints")
     whole = newest.read_bytes()
     messages: list[str] = []
     say: Callable[[object, str], None] = lambda self, line: messages.append(line)  # noqa: E731
-    again = Trainer(config)
+    again = ClassifierTrainer(config)
     again.progress.print = say.__get__(again.progress)  # type: ignore[method-assign]
     for i in range(50):
         newest.write_bytes(whole[: len(whole) * i // 50])

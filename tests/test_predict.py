@@ -9,11 +9,11 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from equiflop.classify import ModelSpec
+from equiflop.classify.prediction import Classifier, predict
+from equiflop.classify.weights import save_weights
 from equiflop.cli.main import main
 from equiflop.data import Preprocessing
-from equiflop.training import ModelSpec
-from equiflop.training.checkpoint import save_weights
-from equiflop.training.prediction import Classifier, predict
 
 KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": [32, 48], "init_values": 1.0}
 COLOUR = Preprocessing((3, 32, 48), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 
 import equiflop
 from equiflop.checksums import checksum_file, write_checksum
+from equiflop.classify import ModelSpec
+from equiflop.classify.objective import Teacher
+from equiflop.classify.prediction import Classifier
+from equiflop.classify.weights import save_weights
 from equiflop.cli.main import main
 from equiflop.data import Preprocessing
 from equiflop.hub import publish
 from equiflop.models.pretrained import WEIGHTS_VARIABLE
-from equiflop.training import ModelSpec
-from equiflop.training.checkpoint import save_weights
-from equiflop.training.objective import Teacher
-from equiflop.training.prediction import Classifier
 from hub_stand_in import hub_of
 from oracles import relative_error
 from small_models import ALL, CONVNEXT, KEYWORDS, VIT, small_model

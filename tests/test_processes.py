@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from equiflop.classify import load_model
 from equiflop.files import remove, sole_user
-from equiflop.training import load_model
 from equiflop.training.state import load_state, saved_states
 
 pytestmark = pytest.mark.slow
@@ -93,8 +93,8 @@ def test_three_processes_count_the_images_of_an_indivisible_set(images: Path, tm
     first = train(1, "--data", str(images), "--epochs", "1", "--batch-size", "30", "--out", str(tmp_path / "run"))
     assert first.returncode == 0, first.stderr
     script = (
-        "import sys, torch; from equiflop.data import open_data; from equiflop.training import evaluate, load_model;"
-        "from equiflop.training.processes import Processes, leave; p = Processes.join('cpu');"
+        "import sys, torch; from equiflop.data import open_data; from equiflop.classify import evaluate, load_model;"
+        "from equiflop.runtime.processes import Processes, leave; p = Processes.join('cpu');"
         "t = load_model(sys.argv[1]); d = open_data(sys.argv[2], preprocessing=t.spec.preprocessing);"
         "r = evaluate(t.model, d.test, 7, p.device, processes=p); p.first and print('COUNTS', r); leave()"
     )
@@ -140,13 +140,13 @@ def test_a_signal_to_one_run_of_two_processes_stops_both_and_resumes_exactly(ima
 def test_a_loss_that_is_not_finite_on_one_process_stops_both_in_time(images: Path, tmp_path: Path) -> None:
     """The second process sees a poisoned batch in its seventh step."""
     (tmp_path / "poison.py").write_text(
-        "import os, torch, equiflop.training.trainer as t\n"
-        "original, seen = t.Trainer._accumulate, []\n"
-        "def poisoned(self, number, batch):\n"
+        "from equiflop.training.step import Learner\n"
+        "original, seen = Learner.gradients, []\n"
+        "def poisoned(self, batches, epoch, step):\n"
         "    seen.append(1)\n"
-        "    if self.processes.rank == 1 and len(seen) == 7: batch.images.fill_(float('nan'))\n"
-        "    return original(self, number, batch)\n"
-        "t.Trainer._accumulate = poisoned\n"
+        "    if self.processes.rank == 1 and len(seen) == 7: batches[0].content[0].fill_(float('nan'))\n"
+        "    return original(self, batches, epoch, step)\n"
+        "Learner.gradients = poisoned\n"
         "from equiflop.cli.main import main; main()\n"
     )
     out = tmp_path / "run"
@@ -227,7 +227,7 @@ def test_running_statistics_are_the_same_everywhere(images: Path, tmp_path: Path
     resumed = train(2, *options, "--out", str(again), model=["test_resnet"])
     assert resumed.returncode == 0, resumed.stderr
     for mine, theirs in zip(rows(out), rows(again), strict=True):
-        assert all(mine[name] == theirs[name] for name in mine if name not in ("seconds", "images_per_second"))
+        assert all(mine[name] == theirs[name] for name in mine if name not in ("seconds", "samples_per_second"))
     a, b = (load_file(folder / "model.safetensors") for folder in (out, again))
     assert a["bn1.running_mean"].abs().max() > 0
     assert all(torch.equal(a[key], b[key]) for key in a)

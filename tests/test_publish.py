@@ -18,12 +18,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import equiflop
+from equiflop.classify import ModelSpec
+from equiflop.classify.weights import load_model, save_weights
 from equiflop.cli.main import main
 from equiflop.data import Preprocessing
 from equiflop.hub import publish
 from equiflop.hub.card import data_name
-from equiflop.training import ModelSpec
-from equiflop.training.checkpoint import load_model, save_weights
 from oracles import scramble
 from small_models import ALL, KEYWORDS, VIT
 from test_data import write_fashion_mnist, write_image_folder

@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import official_networks as official
 from equiflop.checksums import checksum_file, verify
+from equiflop.classify.weights import load_model
 from equiflop.cli.main import main
 from equiflop.convert.recognise import recognise
-from equiflop.training.checkpoint import load_model
 from official_octic import octic_state
 from oracles import relative_error
 from small_models import VIT, small_model

@@ -7,29 +7,20 @@ import pickle
 import signal
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from equiflop.data import Batch, ImageData, MemorySplit, Preprocessing
+from equiflop.classify import ClassifierTrainer, MirrorAveraged, ModelSpec, TrainConfig, evaluate, load_model
+from equiflop.classify.weights import save_weights
+from equiflop.data import ImageData, MemorySplit, Preprocessing
 from equiflop.files import remove, remove_leftovers, replace_folder, sole_user
-from equiflop.training import (
-    CheckpointError,
-    MirrorAveraged,
-    ModelSpec,
-    NonFiniteLossError,
-    TrainConfig,
-    Trainer,
-    TrainingInterrupted,
-    evaluate,
-    load_model,
-)
-from equiflop.training.checkpoint import save_weights
-from equiflop.training.device import pick_device
-from equiflop.training.interrupt import StopRequest
+from equiflop.runtime.device import pick_device
+from equiflop.runtime.interrupt import StopRequest
+from equiflop.training import CheckpointError, Loaded, NonFiniteLossError, TrainingInterrupted
 from equiflop.training.state import load_state, saved_states
 
 GREY = Preprocessing((1, 28, 28), (0.3,), (0.35,))
@@ -77,64 +68,65 @@ class StopAfter(StopRequest):
         return signal.SIGINT if self.left < 0 else None
 
 
-def fingerprint(trainer: Trainer) -> Iterator[Tensor]:
+def fingerprint(trainer: ClassifierTrainer) -> Iterator[Tensor]:
     yield from trainer.model.state_dict().values()
-    for entry in trainer.optimizer.state_dict()["state"].values():
+    for entry in trainer.learner.optimizer.state_dict()["state"].values():
         yield from (torch.as_tensor(value) for value in entry.values())
 
 
-def assert_same_outcome(one: Trainer, other: Trainer) -> None:
+def assert_same_outcome(one: ClassifierTrainer, other: ClassifierTrainer) -> None:
     for a, b in zip(fingerprint(one), fingerprint(other), strict=True):
         assert torch.equal(a, b)
-    timing = {"seconds", "images_per_second"}
+    timing = {"seconds", "samples_per_second"}
     for mine, theirs in zip(one.history, other.history, strict=True):
-        assert all(asdict(mine)[key] == asdict(theirs)[key] for key in asdict(mine).keys() - timing)
+        a, b = mine.to_dict(), theirs.to_dict()
+        assert a.keys() == b.keys() and all(a[key] == b[key] for key in a.keys() - timing)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    trainer = Trainer(config_for(tmp_path_factory.mktemp("whole")), toy_data())
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> ClassifierTrainer:
+    trainer = ClassifierTrainer(config_for(tmp_path_factory.mktemp("whole")), toy_data())
     trainer.run()
     return trainer
 
 
 def test_learns(tmp_path: Path) -> None:
     config = config_for(tmp_path, epochs=20, warmup_epochs=2, drop_path=0.0, shift=0, label_smoothing=0.0)
-    history = Trainer(config, toy_data()).run()
+    history = ClassifierTrainer(config, toy_data()).run()
     assert history[-1].train_loss < history[0].train_loss - 1
-    assert history[-1].test_accuracy > 0.7
+    assert history[-1].metrics["test_accuracy"] > 0.7
 
 
 class TestResume:
-    def test_after_an_epoch(self, uninterrupted: Trainer, tmp_path: Path) -> None:
-        first = Trainer(config_for(tmp_path), toy_data())
+    def test_after_an_epoch(self, uninterrupted: ClassifierTrainer, tmp_path: Path) -> None:
+        first = ClassifierTrainer(config_for(tmp_path), toy_data())
         first.run_epoch()
         first.save()
-        second = Trainer(config_for(tmp_path), toy_data())
+        second = ClassifierTrainer(config_for(tmp_path), toy_data())
         torch.manual_seed(12345)
         assert second.resume() is not None and second.epoch == 1
         second.run()
         assert_same_outcome(second, uninterrupted)
 
     @pytest.mark.parametrize("steps", [0, 1, 5, 8])
-    def test_in_the_middle_of_an_epoch(self, uninterrupted: Trainer, tmp_path: Path, steps: int) -> None:
-        first = Trainer(config_for(tmp_path), toy_data())
+    def test_in_the_middle_of_an_epoch(self, uninterrupted: ClassifierTrainer, tmp_path: Path, steps: int) -> None:
+        first = ClassifierTrainer(config_for(tmp_path), toy_data())
         first.run_epoch()
         first.save()
         with pytest.raises(TrainingInterrupted) as stopped:
             first.run_epoch(StopAfter(steps))
         assert stopped.value.checkpoint.is_file()
-        second = Trainer(config_for(tmp_path), toy_data())
+        second = ClassifierTrainer(config_for(tmp_path), toy_data())
         second.resume()
         assert (second.epoch, second.step) == (1, steps)
         second.run()
         assert_same_outcome(second, uninterrupted)
 
     def test_a_real_signal_leaves_a_usable_checkpoint(self, tmp_path: Path) -> None:
-        trainer = Trainer(config_for(tmp_path, epochs=50), toy_data())
+        trainer = ClassifierTrainer(config_for(tmp_path, epochs=50), toy_data())
         original, seen = trainer._train_step, []
 
-        def step_and_signal(batches: list[Batch]) -> None:
+        def step_and_signal(batches: list[Loaded]) -> None:
             original(batches)
             seen.append(1)
             if len(seen) == 3:
@@ -148,36 +140,36 @@ class TestResume:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are put back"
 
     def test_nothing_to_resume(self, tmp_path: Path) -> None:
-        assert Trainer(config_for(tmp_path), toy_data()).resume() is None
+        assert ClassifierTrainer(config_for(tmp_path), toy_data()).resume() is None
 
-    def test_finished_run_stays_finished(self, uninterrupted: Trainer) -> None:
-        again = Trainer(uninterrupted.config, toy_data())
+    def test_finished_run_stays_finished(self, uninterrupted: ClassifierTrainer) -> None:
+        again = ClassifierTrainer(uninterrupted.config, toy_data())
         again.resume()
         assert again.finished
 
-    def test_another_run_is_refused_with_the_difference(self, uninterrupted: Trainer) -> None:
+    def test_another_run_is_refused_with_the_difference(self, uninterrupted: ClassifierTrainer) -> None:
         with pytest.raises(CheckpointError, match=r"lr=0\.005 there, lr=0\.5 here"):
-            Trainer(replace(uninterrupted.config, lr=0.5), toy_data()).resume()
+            ClassifierTrainer(replace(uninterrupted.config, lr=0.5), toy_data()).resume()
 
     def test_damaged_newest_checkpoint_is_named_and_the_previous_one_used(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        trainer = Trainer(config_for(tmp_path), toy_data())
+        trainer = ClassifierTrainer(config_for(tmp_path), toy_data())
         trainer.run()
         newest, previous = saved_states(tmp_path / "checkpoints")
         whole = newest.read_bytes()
         for share in range(0, 100, 7):
             newest.write_bytes(whole[: len(whole) * share // 100])
-            again = Trainer(config_for(tmp_path), toy_data())
+            again = ClassifierTrainer(config_for(tmp_path), toy_data())
             assert again.resume() == previous
             assert newest.name in capsys.readouterr().err
         previous.write_bytes(b"")
         with pytest.raises(CheckpointError, match=newest.name):
-            Trainer(config_for(tmp_path), toy_data()).resume()
+            ClassifierTrainer(config_for(tmp_path), toy_data()).resume()
 
 
 class TestFiles:
-    def test_final_weights_give_the_same_logits(self, uninterrupted: Trainer) -> None:
+    def test_final_weights_give_the_same_logits(self, uninterrupted: ClassifierTrainer) -> None:
         trained = load_model(uninterrupted.config.out)
         assert trained.path.name == "model.safetensors"
         assert trained.config == uninterrupted.config
@@ -185,16 +177,16 @@ class TestFiles:
         with torch.no_grad():
             assert torch.equal(trained.model(images), uninterrupted.model.eval()(images))
 
-    def test_log_has_a_row_for_each_epoch(self, uninterrupted: Trainer) -> None:
+    def test_log_has_a_row_for_each_epoch(self, uninterrupted: ClassifierTrainer) -> None:
         rows = (Path(uninterrupted.config.out) / "log.csv").read_text().splitlines()
         assert rows[0].startswith("epoch,lr,train_loss") and [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
 
-    def test_only_the_newest_checkpoints_stay(self, uninterrupted: Trainer) -> None:
+    def test_only_the_newest_checkpoints_stay(self, uninterrupted: ClassifierTrainer) -> None:
         names = [path.name for path in saved_states(Path(uninterrupted.config.out) / "checkpoints")]
         assert names == ["step-00000024.pt", "step-00000016.pt"]
 
     def test_a_full_disk_leaves_the_previous_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        trainer = Trainer(config_for(tmp_path), toy_data())
+        trainer = ClassifierTrainer(config_for(tmp_path), toy_data())
         trainer.run_epoch()
         before = trainer.save()
         trainer.run_epoch()
@@ -210,7 +202,7 @@ class TestFiles:
 
     def test_a_disk_that_fills_up_while_writing(self, tmp_path: Path) -> None:
         resource = pytest.importorskip("resource")
-        trainer = Trainer(config_for(tmp_path), toy_data())
+        trainer = ClassifierTrainer(config_for(tmp_path), toy_data())
         trainer.run_epoch()
         before = trainer.save()
         trainer.run_epoch()
@@ -227,7 +219,7 @@ class TestFiles:
 
     def test_a_second_training_in_the_same_folder_is_refused(self, tmp_path: Path) -> None:
         with sole_user(tmp_path), pytest.raises(ValueError, match="another process is training there"):
-            Trainer(config_for(tmp_path), toy_data()).run()
+            ClassifierTrainer(config_for(tmp_path), toy_data()).run()
         assert saved_states(tmp_path / "checkpoints") == []
 
     def test_half_written_files_of_killed_processes_go(self, tmp_path: Path) -> None:
@@ -273,30 +265,30 @@ class TestFiles:
         assert (path / "content").read_text() == ("new" if renames > 1 else "old")
 
     def test_the_best_state_is_kept(self, tmp_path: Path) -> None:
-        trainer = Trainer(config_for(tmp_path, keep_checkpoints=1), toy_data())
+        trainer = ClassifierTrainer(config_for(tmp_path, keep_checkpoints=1), toy_data())
         trainer.run()
-        best = max(trainer.history, key=lambda record: record.test_accuracy)
+        best = max(trainer.history, key=lambda record: record.metrics["test_accuracy"])
         assert load_state(tmp_path / "checkpoints" / "best.pt").epoch == best.epoch
 
     def test_tensorboard_shows_what_the_log_says_after_a_resume_as_well(self, tmp_path: Path) -> None:
         accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
         config = config_for(tmp_path, tensorboard=True, ema_decay=0.9)
-        first = Trainer(config, toy_data())
+        first = ClassifierTrainer(config, toy_data())
         first.run_epoch()
         first.save()
         first.run_epoch()
         first.save()
         remove(saved_states(tmp_path / "checkpoints")[0])  # epoch 2 is done again
-        trainer = Trainer(config, toy_data())
+        trainer = ClassifierTrainer(config, toy_data())
         trainer.resume()
         history = trainer.run()
         events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
         events.Reload()
         for name in ("train_loss", "test_accuracy", "ema_accuracy", "lr"):
             shown = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
-            assert shown == [(record.epoch, pytest.approx(getattr(record, name), rel=1e-6)) for record in history]
+            assert shown == [(record.epoch, pytest.approx(record.to_dict()[name], rel=1e-6)) for record in history]
 
-    def test_others_may_read_what_the_umask_lets_them(self, uninterrupted: Trainer) -> None:
+    def test_others_may_read_what_the_umask_lets_them(self, uninterrupted: ClassifierTrainer) -> None:
         reference = Path(uninterrupted.config.out) / "reference"
         reference.write_text("")
         assert (Path(uninterrupted.config.out) / "model.safetensors").stat().st_mode == reference.stat().st_mode
@@ -343,7 +335,7 @@ class TestFiles:
         ],
     )
     def test_weights_that_do_not_fit_their_description(
-        self, uninterrupted: Trainer, tmp_path: Path, change: dict[str, int], message: str
+        self, uninterrupted: ClassifierTrainer, tmp_path: Path, change: dict[str, int], message: str
     ) -> None:
         spec = uninterrupted.spec
         wrong = ModelSpec(spec.name, {**spec.kwargs, **change}, spec.classes, spec.preprocessing)
@@ -351,7 +343,7 @@ class TestFiles:
         with pytest.raises(CheckpointError, match=rf"wrong\.safetensors.*{message}"):
             load_model(tmp_path / "wrong.safetensors")
 
-    def test_nan_weights_are_refused(self, uninterrupted: Trainer, tmp_path: Path) -> None:
+    def test_nan_weights_are_refused(self, uninterrupted: ClassifierTrainer, tmp_path: Path) -> None:
         model = uninterrupted.spec.build()
         with torch.no_grad():
             next(model.parameters()).view(-1)[0] = float("nan")
@@ -362,7 +354,7 @@ class TestFiles:
 
 class TestErrors:
     def test_a_loss_that_is_not_finite_names_the_step(self, tmp_path: Path) -> None:
-        trainer = Trainer(config_for(tmp_path), toy_data())
+        trainer = ClassifierTrainer(config_for(tmp_path), toy_data())
         trainer.run_epoch()
         with torch.no_grad():
             trainer.model.get_parameter("head.weight").fill_(float("inf"))
@@ -380,11 +372,11 @@ class TestErrors:
 
     def test_unknown_model_suggests_close_names(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"did you mean .*flop_deit3_small_patch16_224"):
-            Trainer(config_for(tmp_path, model="flop_deit3_smal_patch16_224"), toy_data())
+            ClassifierTrainer(config_for(tmp_path, model="flop_deit3_smal_patch16_224"), toy_data())
 
     def test_unknown_keyword_and_device(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="embed_dimm"):
-            Trainer(config_for(tmp_path, model_kwargs={"embed_dimm": 1}), toy_data())
+            ClassifierTrainer(config_for(tmp_path, model_kwargs={"embed_dimm": 1}), toy_data())
         with pytest.raises(ValueError, match="device='tpu9'"):
             pick_device("tpu9")
 
@@ -433,7 +425,7 @@ class TestEvaluation:
         result = evaluate(MirrorAveraged(ByBrightness()), self.split(), 4, CPU)
         assert (result.changed, result.changed_with_ties) == (0, 0)
 
-    def test_equivariant_model_never_changes_its_mind(self, uninterrupted: Trainer) -> None:
+    def test_equivariant_model_never_changes_its_mind(self, uninterrupted: ClassifierTrainer) -> None:
         assert evaluate(uninterrupted.model, uninterrupted.data.test, 8, CPU).changed == 0
 
     def test_infinite_logits_are_an_error_and_the_mode_is_restored(self) -> None:

@@ -14,12 +14,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from timm.layers import DropPath
 
+from equiflop.classify.neighbours import nearest_neighbour_accuracy
+from equiflop.classify.prediction import Classifier
+from equiflop.classify.preparation import set_drop_path
+from equiflop.classify.recipe import load_recipe
 from equiflop.cli.main import main
 from equiflop.data.sources import FolderImages
-from equiflop.training.neighbours import nearest_neighbour_accuracy
-from equiflop.training.prediction import Classifier
-from equiflop.training.preparation import set_drop_path
-from equiflop.training.recipe import load_recipe
 from equiflop.training.records import add_lines
 from test_malformed import assert_one_line
 

@@ -10,7 +10,7 @@ import timm
 import torch
 
 import equiflop
-from equiflop.training.checkpoint import load_model
+from equiflop.classify.weights import load_model
 from test_malformed import assert_one_line, run
 
 SMALL = ["--set", "depth=1", "--set", "embed_dim=16", "--set", "num_heads=4", "--img-size", "32"]

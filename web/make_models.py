@@ -25,6 +25,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from equiflop.classify.evaluation import TIE
 from equiflop.data import ImageData, open_data
 from equiflop.deploy import prepared
 from equiflop.deploy.subject import Subject
@@ -34,7 +35,6 @@ from equiflop.deploy.targets.onnx import forget_sources
 from equiflop.files import write_atomically, write_text
 from equiflop.kernels import join, layout_of, split
 from equiflop.training import CheckpointError
-from equiflop.training.evaluation import TIE
 
 #: The page's names of the two networks, and the demo's folders of them.
 NETWORKS = ("equivariant", "plain")

@@ -153,7 +153,7 @@ def draw_savings() -> None:
 
 def draw_filters(checkpoint: str) -> None:
     """The patch filters of a trained mirror-equivariant ViT with the largest weights, of either irrep."""
-    from equiflop.training import load_model
+    from equiflop.classify import load_model
 
     model: Any = load_model(checkpoint).model
     embed = model.patch_embed

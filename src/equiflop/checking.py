@@ -1,4 +1,7 @@
-"""Is a network really equivariant? The tester behind ``equiflop check`` and behind this project's own tests."""
+"""Is a network really equivariant? The tester behind ``equiflop check`` and behind this project's own tests.
+
+Longer than other files: what a network may take and give, and what is said of it, make one verdict.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@
     python studies/cifar10/study.py report                 # writes README.md's tables and accuracy.png
 
 Every finished run is one line of results.jsonl; a run that was stopped goes on from its checkpoint.
+A long file, since all that decides its numbers stands in it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,12 @@ from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from torch import Tensor, nn
 
 import equiflop
-from equiflop.benchmark.machine import describe_machine
+from equiflop.classify import ClassifierTrainer, MirrorAveraged, TrainConfig, evaluate
 from equiflop.data import ImageData, MemorySplit, Preprocessing
 from equiflop.data.decode import decode_image, read_image
 from equiflop.files import write_atomically, write_text
 from equiflop.nn import Linear, Mlp
-from equiflop.training import MirrorAveraged, TrainConfig, Trainer, evaluate
+from equiflop.runtime.machine import describe_machine
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
@@ -221,7 +222,7 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         seed=run.seed,
         **RECIPE,  # type: ignore[arg-type]
     )
-    trainer = Trainer(config, data)
+    trainer = ClassifierTrainer(config, data)
     if run.activation != "spatial":
         replace_activation(trainer.model, run.activation)
     initialise(trainer.model, run.initialisation, run.seed)
@@ -245,9 +246,9 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         "train_loss": trainer.history[-1].train_loss,
         "train_seconds": sum(record.seconds for record in trainer.history),
         "test_seconds_both_views": seconds,
-        "epochs": [asdict(record) for record in trainer.history],
+        "epochs": [record.to_dict() for record in trainer.history],
         "config": config.to_dict() | {"out": run.name},
-        "machine": describe_machine(torch.device("cpu")) | {"command": "python studies/cifar10/study.py run"},
+        "machine": describe_machine(torch.device("cpu"), "python studies/cifar10/study.py"),
     }
 
 

@@ -17,14 +17,14 @@ from PIL import Image
 from torch import nn
 
 import equiflop
+from equiflop.classify import ModelSpec
+from equiflop.classify.weights import save_weights
 from equiflop.data import Preprocessing, open_data
 from equiflop.deploy import Exported, ExportError, export, proof
 from equiflop.deploy.export import _plain_of
 from equiflop.deploy.subject import Subject
 from equiflop.deploy.targets import TARGETS, Target
 from equiflop.models import PoseEstimator, Segmenter
-from equiflop.training import ModelSpec
-from equiflop.training.checkpoint import save_weights
 from oracles import relative_error, scramble
 from small_models import ALL, KEYWORDS, small_model
 

@@ -20,11 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
+from equiflop.classify import ModelSpec
+from equiflop.classify.prediction import Classifier, predict
+from equiflop.classify.weights import save_weights
 from equiflop.data import Preprocessing
 from equiflop.deploy import export
-from equiflop.training import ModelSpec
-from equiflop.training.checkpoint import save_weights
-from equiflop.training.prediction import Classifier, predict
 from small_models import KEYWORDS, small_model
 
 pytest.importorskip("litserve")

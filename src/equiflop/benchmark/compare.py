@@ -15,11 +15,11 @@ import equiflop
 from equiflop.benchmark.fractions import Fractions, split_time
 from equiflop.benchmark.memory import peak_memory
 from equiflop.benchmark.timing import Spread, time_in_turns
+from equiflop.classify.evaluation import MirrorAveraged
+from equiflop.classify.model_spec import check_takes, create_model, input_keywords
 from equiflop.inference import optimize_for_inference
 from equiflop.models.entry_points import TWIN, plain_settings
-from equiflop.training.evaluation import MirrorAveraged
-from equiflop.training.model_spec import check_takes, create_model, input_keywords
-from equiflop.training.progress import Progress
+from equiflop.runtime.progress import Progress
 
 Mode = Literal["eager", "compile", "reduce-overhead", "max-autotune", "optimized"]
 Step = Literal["forward", "train"]

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from equiflop.training.progress import Progress
+from equiflop.runtime.progress import Progress
 
 
 @dataclass(frozen=True)

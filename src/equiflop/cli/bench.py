@@ -108,11 +108,11 @@ def command(
     """
     from equiflop.benchmark.compare import BenchConfig, check_config, compare
     from equiflop.benchmark.figures import check_figures, read_accuracies, write_figures
-    from equiflop.benchmark.machine import describe_machine
+    from equiflop.classify.model_spec import check_model_name
     from equiflop.files import check_writable, write_text
-    from equiflop.training.device import pick_device
-    from equiflop.training.model_spec import check_model_name
-    from equiflop.training.progress import Progress
+    from equiflop.runtime.device import pick_device
+    from equiflop.runtime.machine import describe_machine
+    from equiflop.runtime.progress import Progress
 
     names = models or ("flop_deit3_small_patch16_224", "flop_deit3_base_patch16_224")
     for name in names:

@@ -54,8 +54,8 @@ def command(
     import torch
 
     import equiflop
-    from equiflop.training.checkpoint import load_model
-    from equiflop.training.model_spec import create_model, input_keywords
+    from equiflop.classify.model_spec import create_model, input_keywords
+    from equiflop.classify.weights import load_model
 
     keywords = dict(settings)
     if checkpoint is not None:

@@ -30,12 +30,12 @@ def command(source: Path, name: str | None, output: Path, settings: tuple[tuple[
     Example: equiflop convert d2_deit_base_patch16_LS.pth -o flop_deit3_base_patch16_224.safetensors
     """
     from equiflop.checksums import write_checksum
+    from equiflop.classify.model_spec import ModelSpec, create_model, preprocessing_of
+    from equiflop.classify.prediction import published_classes
+    from equiflop.classify.weights import save_weights
     from equiflop.convert import convert_with_report
     from equiflop.convert.files import read_official
     from equiflop.convert.recognise import recognise
-    from equiflop.training.checkpoint import save_weights
-    from equiflop.training.model_spec import ModelSpec, create_model, preprocessing_of
-    from equiflop.training.prediction import published_classes
 
     if output.suffix != ".safetensors":
         raise ValueError(f"--output={output} must end in .safetensors")

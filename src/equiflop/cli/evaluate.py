@@ -52,12 +52,12 @@ def command(
     if model is not None and not pretrained:
         raise click.UsageError(f"--model {model} has random weights without --pretrained; add it, or give CHECKPOINT")
 
+    from equiflop.classify import evaluate, load_model
+    from equiflop.classify.neighbours import nearest_neighbour_accuracy
+    from equiflop.classify.prediction import Classifier
     from equiflop.data import open_data
-    from equiflop.training import evaluate, load_model
-    from equiflop.training.device import pick_device
-    from equiflop.training.neighbours import nearest_neighbour_accuracy
-    from equiflop.training.prediction import Classifier
-    from equiflop.training.progress import Progress
+    from equiflop.runtime.device import pick_device
+    from equiflop.runtime.progress import Progress
 
     chosen = pick_device(device)
     if checkpoint is not None:

@@ -67,7 +67,7 @@ def _describe(name: str, img_size: tuple[int, int]) -> dict[str, Any]:
     import torch
 
     import equiflop
-    from equiflop.training.model_spec import create_model, input_keywords
+    from equiflop.classify.model_spec import create_model, input_keywords
 
     twin, overrides = equiflop.plain_twin(name)
 

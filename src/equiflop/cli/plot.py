@@ -20,7 +20,7 @@ def command(runs: tuple[str, ...], output: str) -> None:
     Example:
       equiflop plot runs/flop_deit3_tiny_patch16_224 runs/deit3_tiny_patch16_224 --output compare.png
     """
-    from equiflop.training.run_figure import RunLog, draw_runs, read_run
+    from equiflop.classify.run_figure import RunLog, draw_runs, read_run
 
     records: list[RunLog] = []
     problems: list[str] = []

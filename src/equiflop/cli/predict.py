@@ -11,7 +11,7 @@ import click
 from equiflop.cli.options import device_option, json_option
 
 if TYPE_CHECKING:
-    from equiflop.training.prediction import Answer, Prediction
+    from equiflop.classify.prediction import Answer, Prediction
 
 
 @click.command(name="predict")
@@ -47,8 +47,8 @@ def command(
     if model is not None and not pretrained:
         raise click.UsageError(f"--model {model} has random weights without --pretrained; add it, or give --checkpoint")
 
-    from equiflop.training.device import pick_device
-    from equiflop.training.prediction import Classifier, predict
+    from equiflop.classify.prediction import Classifier, predict
+    from equiflop.runtime.device import pick_device
 
     chosen = pick_device(device)
     classifier = Classifier.from_file(checkpoint) if checkpoint is not None else Classifier.from_timm(str(model))

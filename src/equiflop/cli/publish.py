@@ -10,8 +10,8 @@ import click
 from equiflop.cli.options import device_option, workers_option
 
 if TYPE_CHECKING:
+    from equiflop.classify.weights import TrainedModel
     from equiflop.hub import Measured
-    from equiflop.training.checkpoint import TrainedModel
 
 
 @click.command(name="publish")
@@ -47,12 +47,12 @@ def command(
     """
     from huggingface_hub.utils import validate_repo_id
 
+    from equiflop.classify import evaluate
+    from equiflop.classify.prediction import Classifier
     from equiflop.data import open_data
     from equiflop.hub import Measured, publish, push
-    from equiflop.training import evaluate
-    from equiflop.training.device import pick_device
-    from equiflop.training.prediction import Classifier
-    from equiflop.training.progress import Progress
+    from equiflop.runtime.device import pick_device
+    from equiflop.runtime.progress import Progress
 
     if repository is not None:
         validate_repo_id(repository)

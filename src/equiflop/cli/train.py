@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import MISSING, asdict
+from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +13,20 @@ import click
 from equiflop.cli.options import ImageSize, KeyValue, json_option
 
 if TYPE_CHECKING:
-    from equiflop.training import EpochRecord, Trainer
+    from equiflop.classify import ClassifierTrainer
+    from equiflop.training import EpochRecord
 
 #: Options that are not simply named after a field of the configuration.
 _NAMES = {"image_size": "--img-size", "model_kwargs": "--set"}
 
 
 class TrainCommand(click.Command):
-    """A command whose options are the fields of :class:`equiflop.training.TrainConfig`, made when they are needed."""
+    """A command whose options are the fields of :class:`equiflop.classify.TrainConfig`, made when they are needed."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The options written below, and one per field."""
         if not any(parameter.name == "lr" for parameter in self.params):
-            from equiflop.training.config import TrainConfig
+            from equiflop.classify.config import TrainConfig
 
             for name, (default, text) in TrainConfig.describe().items():
                 if name != "model":
@@ -85,13 +86,14 @@ def command(
     As published, with 8 processes on 8 GPUs:
       torchrun --nproc-per-node 8 -m equiflop train --recipe deit3-base --data imagenet
     """
-    from equiflop.training import Trainer, TrainingInterrupted
-    from equiflop.training.processes import leave
+    from equiflop.classify import ClassifierTrainer
+    from equiflop.runtime.processes import leave
+    from equiflop.training import TrainingInterrupted
 
     if list_recipes:
         _list_recipes()
         return
-    trainer = Trainer(_configuration(model, recipe, amp, given))
+    trainer = ClassifierTrainer(_configuration(model, recipe, amp, given))
     start = trainer.resume() if resume == "auto" else None
     if resume == "never":
         trainer.start_anew()
@@ -109,8 +111,8 @@ def command(
 
 
 def _configuration(model: str | None, recipe: str | None, amp: bool, given: dict[str, Any]) -> Any:
-    from equiflop.training import TrainConfig
-    from equiflop.training.recipe import load_recipe
+    from equiflop.classify import TrainConfig
+    from equiflop.classify.recipe import load_recipe
 
     options: dict[str, Any] = load_recipe(recipe) if recipe else {}
     keywords = dict(given.pop("model_kwargs") or ())
@@ -130,7 +132,7 @@ def _configuration(model: str | None, recipe: str | None, amp: bool, given: dict
 
 
 def _list_recipes() -> None:
-    from equiflop.training.recipe import load_recipe, recipe_names
+    from equiflop.classify.recipe import load_recipe, recipe_names
 
     for name in recipe_names():
         options = load_recipe(name)
@@ -138,7 +140,7 @@ def _list_recipes() -> None:
         click.echo(f"{name:<20} {options['model']}, {options['epochs']} epochs, {optimizer}")
 
 
-def _introduce(trainer: Trainer, start: Path | None) -> None:
+def _introduce(trainer: ClassifierTrainer, start: Path | None) -> None:
     data, say = trainer.data, trainer.progress.print
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     size = "x".join(map(str, data.preprocessing.input_size))
@@ -152,20 +154,21 @@ def _introduce(trainer: Trainer, start: Path | None) -> None:
         say(f"going on from {start} (epoch {trainer.epoch + 1}, {trainer.step} steps done)")
 
 
-def _conclude(trainer: Trainer, history: list[EpochRecord], as_json: bool) -> None:
-    weights = trainer.out / "model.safetensors"
+def _conclude(trainer: ClassifierTrainer, history: list[EpochRecord], as_json: bool) -> None:
     last = history[-1]
     if as_json:
-        click.echo(json.dumps({"weights": str(weights), **asdict(last)}, indent=2))
+        click.echo(json.dumps({"weights": str(trainer.folder.weights), **last.to_dict()}, indent=2))
         return
-    best = max(history, key=lambda record: record.best_accuracy)
+    best = max(history, key=trainer.measurement.score)
+    metrics = last.metrics
     seconds = sum(record.seconds for record in history)
-    click.echo(f"test accuracy {100 * last.test_accuracy:.2f} % (top-5 {100 * last.test_top5:.2f} %)")
-    if last.ema_accuracy is not None:
-        click.echo(f"test accuracy of the averaged weights {100 * last.ema_accuracy:.2f} %")
-    click.echo(f"best {100 * best.best_accuracy:.2f} % after epoch {best.epoch}, in {trainer.best_state}")
+    click.echo(f"test accuracy {100 * metrics['test_accuracy']:.2f} % (top-5 {100 * metrics['test_top5']:.2f} %)")
+    if "ema_accuracy" in metrics:
+        click.echo(f"test accuracy of the averaged weights {100 * metrics['ema_accuracy']:.2f} %")
+    score = trainer.measurement.score(best)
+    click.echo(f"best {100 * score:.2f} % after epoch {best.epoch}, in {trainer.folder.best}")
     click.echo(f"{seconds:,.0f} s of training")
     if any(record.unreadable for record in history):
-        click.echo(f"images that could not be read are listed in {trainer.out / 'unreadable.txt'}")
-    click.echo(f"weights in {weights}, log in {trainer.out / 'log.csv'}")
+        click.echo(f"images that could not be read are listed in {trainer.folder.unreadable}")
+    click.echo(f"weights in {trainer.folder.weights}, log in {trainer.out / 'log.csv'}")
     click.echo(f"next: equiflop eval {shlex.quote(str(trainer.out))}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from equiflop.data.randomness import derive_seed, uniform
 from equiflop.data.sources import ImageSource
+from equiflop.runtime.interrupt import leave_signals_to_the_parent
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class ImageSplit:
             batch_sampler=[chunk.tolist() for chunk in _chunks(samples, batch_size)],
             num_workers=workers,
             collate_fn=_collate,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
@@ -297,11 +297,6 @@ def image_transform(preprocessing: Preprocessing, augmentation: Augmentation | N
         re_prob=augmentation.random_erasing,
         re_mode="pixel",
     )
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items: list[_Item]) -> Batch:

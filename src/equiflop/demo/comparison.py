@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from equiflop.benchmark.timing import throughput_in_turns
+from equiflop.classify import ClassifierTrainer, MirrorAveraged, TrainConfig, evaluate
 from equiflop.counting import macs
 from equiflop.data import DataNotFoundError, ImageData, open_data
 from equiflop.demo.picture import Example, draw_picture
@@ -27,10 +28,10 @@ from equiflop.demo.results import (
     write_results,
 )
 from equiflop.models import plain_twin
-from equiflop.training import CheckpointError, MirrorAveraged, TrainConfig, Trainer, evaluate
-from equiflop.training.device import compile_problem, pick_device
-from equiflop.training.interrupt import StopRequest
-from equiflop.training.progress import Progress, format_seconds
+from equiflop.runtime.device import compile_problem, pick_device
+from equiflop.runtime.interrupt import StopRequest
+from equiflop.runtime.progress import Progress, format_seconds
+from equiflop.training import CheckpointError
 
 _MODEL = "flop_deit3_tiny_patch16_224"
 _FULL_SIZE_MODEL = "flop_deit3_small_patch16_224"
@@ -154,7 +155,7 @@ def _compile_if_possible(settings: DemoSettings, say: Callable[[str], object]) -
     return replace(settings, compile=False)
 
 
-def _trainers(settings: DemoSettings, data: ImageData) -> tuple[Trainer, Trainer]:
+def _trainers(settings: DemoSettings, data: ImageData) -> tuple[ClassifierTrainer, ClassifierTrainer]:
     twin, overrides = plain_twin(_MODEL)
     keywords = {
         "patch_size": settings.patch,
@@ -183,8 +184,8 @@ def _trainers(settings: DemoSettings, data: ImageData) -> tuple[Trainer, Trainer
     plain_config = replace(
         config, model=twin, model_kwargs={**overrides, **keywords}, out=str(Path(settings.out) / "plain")
     )
-    equivariant = Trainer(config, data, Progress(f"{E_NAME:<9}"))
-    plain = Trainer(plain_config, data, Progress(f"{PLAIN_NAME:<9}"))
+    equivariant = ClassifierTrainer(config, data, Progress(f"{E_NAME:<9}"))
+    plain = ClassifierTrainer(plain_config, data, Progress(f"{PLAIN_NAME:<9}"))
     for trainer in (equivariant, plain):
         try:
             trainer.resume()
@@ -193,19 +194,19 @@ def _trainers(settings: DemoSettings, data: ImageData) -> tuple[Trainer, Trainer
     return equivariant, plain
 
 
-def _train_in_turns(equivariant: Trainer, plain: Trainer, say: Callable[[str], object]) -> None:
+def _train_in_turns(equivariant: ClassifierTrainer, plain: ClassifierTrainer, say: Callable[[str], object]) -> None:
     """One epoch each, in turns, with the state saved after every epoch."""
     say(
         f"Training {E_NAME} and its plain twin in turns, {equivariant.config.epochs} epochs each"
         + (" (compiling comes first: half a minute or so each)" if equivariant.config.compile else "")
     )
-    with StopRequest() as stop:
+    with StopRequest() as stop, equivariant.session(stop), plain.session(stop):
         while not (equivariant.finished and plain.finished):
             trainer = min(equivariant, plain, key=lambda candidate: candidate.epoch)
-            record = trainer.run_epoch(stop)
+            record = trainer.run_epoch()
             trainer.save()
             trainer.progress.clear()
-            say(f"{trainer.progress.label}  {record.summary(trainer.config.epochs)}")
+            say(f"{trainer.progress.label}  {trainer.summary(record)}")
 
 
 def _measure_full_size(settings: DemoSettings, device: torch.device, progress: Progress) -> FullSize:
@@ -230,23 +231,28 @@ def _measure_full_size(settings: DemoSettings, device: torch.device, progress: P
     )
 
 
-def _size(trainer: Trainer) -> tuple[int, int]:
+def _size(trainer: ClassifierTrainer) -> tuple[int, int]:
     """Parameters, and MACs for one image."""
     model = trainer.spec.build()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, macs(model, trainer.spec.preprocessing.input_size)
 
 
-def _training_rate(trainer: Trainer) -> float:
-    return statistics.median(record.images_per_second for record in trainer.history)
+def _training_rate(trainer: ClassifierTrainer) -> float:
+    return statistics.median(record.samples_per_second for record in trainer.history)
 
 
-def _save(out: Path, results: DemoResults, equivariant: Trainer, plain: Trainer, say: Callable[[str], object]) -> None:
+def _save(
+    out: Path,
+    results: DemoResults,
+    equivariant: ClassifierTrainer,
+    plain: ClassifierTrainer,
+    say: Callable[[str], object],
+) -> None:
     examples = _changed_examples(equivariant, plain)
     write_results(out / "results.json", results)
     draw_picture(out / "demo.png", results, examples)
     for trainer in (equivariant, plain):
-        trainer.write_config()
         trainer.write_weights()
         trainer.remove_checkpoints()
     say("")
@@ -260,7 +266,7 @@ def _save(out: Path, results: DemoResults, equivariant: Trainer, plain: Trainer,
             say(f"  equiflop predict {sample} --checkpoint {trainer.out}")
 
 
-def _changed_examples(equivariant: Trainer, plain: Trainer) -> list[Example]:
+def _changed_examples(equivariant: ClassifierTrainer, plain: ClassifierTrainer) -> list[Example]:
     """Test images that both get right, but plain not when they are mirrored: the first of each confusion."""
     data = plain.data
     batch = _EVALUATION_BATCH
@@ -284,7 +290,7 @@ def _changed_examples(equivariant: Trainer, plain: Trainer) -> list[Example]:
     return examples
 
 
-def _classes(trainer: Trainer, images: Tensor) -> Tensor:
+def _classes(trainer: ClassifierTrainer, images: Tensor) -> Tensor:
     classes: Tensor = trainer.model(images.to(trainer.device)).argmax(dim=1).cpu()
     return classes
 

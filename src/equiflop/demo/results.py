@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from equiflop.benchmark.machine import describe_machine
 from equiflop.benchmark.timing import Spread
+from equiflop.classify import Evaluation
 from equiflop.files import write_text
-from equiflop.training import Evaluation
+from equiflop.runtime.machine import describe_machine
 
 #: The three classifiers that the demo compares.
 E_NAME, PLAIN_NAME, AVERAGED_NAME = "E(ViT)", "plain ViT", "plain, both views averaged"

@@ -14,11 +14,11 @@ from torch import nn
 
 import equiflop
 from equiflop.checking import own_input_size, randomize_parameters
+from equiflop.classify.model_spec import check_model_name, check_takes, create_model, input_keywords
+from equiflop.classify.prediction import Classifier, published_classes
+from equiflop.classify.weights import load_model
 from equiflop.data import Preprocessing
 from equiflop.image_group import ImageGroup
-from equiflop.training.checkpoint import load_model
-from equiflop.training.model_spec import check_model_name, check_takes, create_model, input_keywords
-from equiflop.training.prediction import Classifier, published_classes
 
 
 @dataclass(frozen=True)

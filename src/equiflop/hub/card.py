@@ -11,10 +11,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 import equiflop
+from equiflop.classify.config import TrainConfig
+from equiflop.classify.model_spec import create_model
+from equiflop.classify.weights import TrainedModel
 from equiflop.models.entry_points import plain_settings
-from equiflop.training.checkpoint import TrainedModel
-from equiflop.training.config import TrainConfig
-from equiflop.training.model_spec import create_model
 
 #: Settings of a training that the card leaves out: they name a place, or do not change the result.
 _UNTOLD = {

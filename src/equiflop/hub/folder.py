@@ -14,12 +14,12 @@ from huggingface_hub import HfApi
 from torch import nn
 
 from equiflop.checksums import checksum_file, write_checksum
+from equiflop.classify.config import TrainConfig
+from equiflop.classify.weights import TrainedModel, load_model, save_weights
 from equiflop.files import replace_folder, workshop
 from equiflop.hub.card import Facts, Measured, data_name, model_card
 from equiflop.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from equiflop.timm_compat import save_config_for_hf
-from equiflop.training.checkpoint import TrainedModel, load_model, save_weights
-from equiflop.training.config import TrainConfig
 
 CARD_FILE = "README.md"
 #: All that a published folder holds.

@@ -1,4 +1,7 @@
-"""E(ConvNeXt) and its isotropic form, with timm's names, methods and layout."""
+"""E(ConvNeXt) and its isotropic form, with timm's names, methods and layout.
+
+Longer than other files: block, stem, stage and head serve no network but these two.
+"""
 
 from __future__ import annotations
 

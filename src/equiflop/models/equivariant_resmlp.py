@@ -1,4 +1,7 @@
-"""E(ResMLP): timm's ``MlpMixer`` with equivariant residual MLP blocks."""
+"""E(ResMLP): timm's ``MlpMixer`` with equivariant residual MLP blocks.
+
+Longer than other files, since the family is one story: its biases, blocks and invariants serve no other network.
+"""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from equiflop.nn import Linear
 
 
 def init_linear(linear: nn.Module, std: float = 0.02) -> None:
-    """Weights truncated normal (for an equivariant map between orthonormal bases), bias 0."""
+    """Weights truncated normal (of an equivariant map those between orthonormal bases), bias 0."""
     if isinstance(linear, Linear):
         linear.init_weights(lambda weight, algebra: nn.init.trunc_normal_(weight, std=std))
-    elif isinstance(linear, nn.Linear):
+    elif isinstance(linear, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(linear.weight, std=std)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)

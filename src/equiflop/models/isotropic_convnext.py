@@ -9,6 +9,7 @@ from timm.layers import LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
+from equiflop.models.initialise import init_linear
 from equiflop.timm_compat import checkpoint, checkpoint_seq, feature_take_indices
 
 
@@ -82,9 +83,7 @@ class IsotropicConvNeXt(nn.Module):
         """Matrices and kernels truncated normal 0.02, biases 0."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_linear(module)
                 if name.startswith("head"):
                     module.weight.data.mul_(head_init_scale)
 

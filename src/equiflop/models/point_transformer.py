@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
@@ -23,7 +22,9 @@ from equiflop.groups import (
     octahedral_rotations,
 )
 from equiflop.models.classifier import replace_classifier
+from equiflop.models.initialise import init_linear
 from equiflop.nn import Block, Invariants, LayerNorm
+from equiflop.nn.initialise import fan_in_
 from equiflop.nn.invariants import InvariantKind
 from equiflop.nn.point_embed import PointEmbed, neighbourhoods
 
@@ -147,8 +148,7 @@ class _PointClassifier(nn.Module):
         self.head = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=device, dtype=dtype)
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+            init_linear(self.head)
 
 
 class PointTransformer(_PointClassifier):
@@ -340,6 +340,5 @@ class PlainPointTransformer(_PointClassifier):
         self.head_hidden_size = embed_dim
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
-                nn.init.zeros_(module.bias)
+                fan_in_(module.weight, module.in_features, module.bias)
         self._make_head(num_classes, device, dtype)

@@ -1,5 +1,7 @@
 """The parts of a plain vision transformer, each made equivariant in its place.
 
+Longer than other files: the rules are one table, in the order in which a network computes.
+
 Rules go by the class of a layer, not by the name of a network. On the residual stream, which is ordered by irreps,
 norms, layer scales and dropout are replaced. Of a branch only the linear maps that lead into it and out of it are: they
 change to the group's basis on the way, where whatever is pointwise or works head by head is the plain module. What

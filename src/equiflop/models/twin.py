@@ -1,4 +1,7 @@
-"""E(X) for the vision transformers of timm by one call: the plain network, without memory, with its parts replaced."""
+"""E(X) for the vision transformers of timm by one call: the plain network, without memory, with its parts replaced.
+
+Longer than other files: the ways to a twin, by a name of timm, of ours and from a model, share their refusals.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from equiflop.nn.initialise import fan_in_
+
 
 class CirculantLinear(nn.Module):
     """The general linear map of periodic signals that commutes with shifts: a circular convolution of full length.
@@ -63,10 +65,8 @@ class CirculantLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Weights normal with variance ``1 / in_channels``, half of it in complex irreps; bias 0."""
         with torch.no_grad():
-            self.weight[: self._real_irreps].normal_(std=1.0 / math.sqrt(self.in_channels))
-            self.weight[self._real_irreps :].normal_(std=1.0 / math.sqrt(2 * self.in_channels))
-            if self.bias is not None:
-                self.bias.zero_()
+            fan_in_(self.weight[: self._real_irreps], self.in_channels, self.bias)
+            fan_in_(self.weight[self._real_irreps :], 2 * self.in_channels)
 
     def macs(self, *shapes: torch.Size) -> int:
         """Real MACs for signals of shape ``(..., n, in_channels)``: transforms, and 4 for a product of complex numbers.

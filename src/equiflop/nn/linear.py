@@ -18,6 +18,7 @@ from equiflop.kernels.schur import Maps, algebra_product
 from equiflop.kernels.watched import is_bare
 from equiflop.nn.checks import check_axis
 from equiflop.nn.fixed import FixedTensors
+from equiflop.nn.initialise import fan_in_
 
 OrderName = Literal["irreps", "group", "heads"]
 
@@ -53,7 +54,7 @@ class AlgebraLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal with variance ``1 / (e * in_features)``."""
-        nn.init.normal_(self.weight, std=1.0 / math.sqrt(self.algebra * max(self.in_features, 1)))
+        fan_in_(self.weight, self.algebra * max(self.in_features, 1))
 
     def macs(self, *shapes: torch.Size) -> int:
         """Multiply-adds for an input ``(..., d, in_features)``."""
@@ -148,7 +149,7 @@ class Linear(FixedTensors):
 
     def reset_parameters(self) -> None:
         """Weights normal with variance ``gain^2 / (e * m_in)``, bias 0."""
-        self.init_weights(lambda weight, e: nn.init.normal_(weight, std=1.0 / math.sqrt(e * max(weight.shape[1], 1))))
+        self.init_weights(lambda weight, e: fan_in_(weight, e * max(weight.shape[1], 1)))
 
     @torch.no_grad()
     def init_weights(self, init: Callable[[Tensor, int], object]) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equiflop.nn.initialise import fan_in_
+
 
 class SetLinear(nn.Module):
     """The general linear map of a set's features that commutes with all permutations: two terms.
@@ -54,9 +56,7 @@ class SetLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Weights normal with variance ``1 / in_channels``, bias 0."""
         for weight in (self.weight_own, self.weight_mean):
-            nn.init.normal_(weight, std=1.0 / math.sqrt(self.in_channels))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+            fan_in_(weight, self.in_channels, self.bias)
 
     def macs(self, *shapes: torch.Size) -> int:
         """MACs for nodes of shape ``(B, n, in_channels)``."""

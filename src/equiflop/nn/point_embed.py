@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiflop.groups import Action, Rep, fourier_matrix
 from equiflop.nn.fixed import FixedTensors
+from equiflop.nn.initialise import fan_in_
 
 
 def neighbourhoods(points: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
@@ -98,8 +97,7 @@ class PointEmbed(FixedTensors):
     def reset_parameters(self) -> None:
         """Weights normal with variance 1 / fan-in, biases 0."""
         for weight, bias in ((self.weight, self.bias), (self.proj.weight, self.proj.bias)):
-            nn.init.normal_(weight, std=1.0 / math.sqrt(weight.shape[1]))
-            nn.init.zeros_(bias)
+            fan_in_(weight, weight.shape[1], bias)
 
     def macs(self, *shapes: torch.Size) -> int:
         """MACs for points of shape ``(B, N, 3)``, ``proj`` left out: turned weights, first map, Fourier transform."""

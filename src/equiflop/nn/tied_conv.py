@@ -8,7 +8,6 @@ point i and offset d.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from equiflop.image_group import ImageGroup
 from equiflop.nn.fixed import FixedTensors
+from equiflop.nn.initialise import fan_in_
 
 
 def copies_of(group: ImageGroup) -> np.ndarray:
@@ -91,9 +91,7 @@ class TiedConv2d(FixedTensors):
     def reset_parameters(self) -> None:
         """Weights normal with variance ``1 / inputs of a pixel``, bias 0."""
         inputs = self.points[1] * self.in_channels * self.kernel_size**2 / self.stride**2
-        nn.init.normal_(self.weight, std=1.0 / math.sqrt(inputs))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        fan_in_(self.weight, inputs, self.bias)
 
     def kernel(self) -> Tensor:
         """The whole kernel, ``(outputs, inputs, k, k)``."""

@@ -1,23 +1,19 @@
-"""Training a classifier, keeping its state safe on disk, and measuring it."""
+"""Training any network on any objective, with a state on disk that goes on exactly."""
 
-from equiflop.training.checkpoint import load_model
-from equiflop.training.config import TrainConfig
-from equiflop.training.evaluation import Evaluation, MirrorAveraged, evaluate
-from equiflop.training.model_spec import ModelSpec, create_model
-from equiflop.training.state import CheckpointError
-from equiflop.training.trainer import EpochRecord, NonFiniteLossError, Trainer, TrainingInterrupted
+from equiflop.training.config import RunConfig
+from equiflop.training.errors import CheckpointError, NonFiniteLossError, TrainingInterrupted
+from equiflop.training.records import EpochRecord
+from equiflop.training.samples import DatasetSamples, Loaded, Samples
+from equiflop.training.trainer import Trainer
 
 __all__ = [
     "CheckpointError",
+    "DatasetSamples",
     "EpochRecord",
-    "Evaluation",
-    "MirrorAveraged",
-    "ModelSpec",
+    "Loaded",
     "NonFiniteLossError",
-    "TrainConfig",
+    "RunConfig",
+    "Samples",
     "Trainer",
     "TrainingInterrupted",
-    "create_model",
-    "evaluate",
-    "load_model",
 ]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equiflop.files import remove, replace_folder, write_atomically
-from equiflop.training.config import TrainConfig
-from equiflop.training.model_spec import ModelSpec
+from equiflop.runtime.sharding import own_share
+from equiflop.training.errors import CheckpointError
 
 #: Name of the folder of training states in a run's folder.
 CHECKPOINT_FOLDER = "checkpoints"
@@ -23,16 +23,17 @@ CHECKPOINT_FOLDER = "checkpoints"
 BEST_NAME = "best"
 #: In the folder of a state whose tensors are shared out: the file with all the rest.
 STATE_FILE = "state.pt"
-_FORMAT = "equiflop-checkpoint-2"
+_FORMAT = "equiflop-checkpoint-3"
 
 #: Parts of a training state that are kept as they are, and what they must be.
 _PLAIN_PARTS: dict[str, Callable[[Any], Any]] = {
+    "about": str,
     "model": dict,
     "optimizer": dict,
     "ema": lambda value: None if value is None else dict(value),
     "scaler": dict,
-    "images_per_step": int,
-    "training_images": int,
+    "samples_per_step": int,
+    "samples": int,
     "epoch": int,
     "step": int,
     "running": dict,
@@ -40,41 +41,37 @@ _PLAIN_PARTS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class CheckpointError(ValueError):
-    """A file of weights cannot be used."""
-
-
 @dataclass(frozen=True)
 class TrainState:
     """Where a training run stands. Random numbers are a function of seed, epoch and step, so none are in here.
 
     Attributes:
-        spec: the network.
-        config: the run.
+        about: what the network is, as its maker describes it; of a classifier the JSON text of its ModelSpec.
+        config: the run's configuration, as JSON holds it.
         model: the network's state dict.
         optimizer: the optimiser's state dict.
         ema: the state dict of the averaged weights, if there are any.
         scaler: state of the scaler of float16's gradients.
-        images_per_step: in all processes together.
-        training_images: how many there are.
+        samples_per_step: in all processes together.
+        samples: how many there are to train on.
         epoch: epochs that are complete.
         step: steps taken in the epoch that is not.
         running: sums over those steps.
         history: one record per complete epoch.
     """
 
-    spec: ModelSpec
-    config: TrainConfig
+    about: str
+    config: dict[str, Any]
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     ema: dict[str, Tensor] | None
     scaler: dict[str, Any]
-    images_per_step: int
-    training_images: int
+    samples_per_step: int
+    samples: int
     epoch: int
     step: int
-    running: dict[str, float]
-    history: list[dict[str, float]]
+    running: dict[str, Any]
+    history: list[dict[str, Any]]
 
 
 def state_path(folder: Path, total_steps: int, sharded: bool = False) -> Path:
@@ -82,14 +79,14 @@ def state_path(folder: Path, total_steps: int, sharded: bool = False) -> Path:
     return folder / f"step-{total_steps:08d}{'' if sharded else '.pt'}"
 
 
-def save_state(path: Path, state: TrainState) -> None:
-    """Write a training state and remove the oldest beside it, beyond ``keep_checkpoints``.
+def save_state(path: Path, state: TrainState, keep: int) -> None:
+    """Write a training state and remove the oldest beside it, beyond ``keep``.
 
     Raises:
         OSError: if it cannot be written; earlier states are then intact.
     """
     write_content(path, state)
-    remove_old_states(path.parent, state.config.keep_checkpoints)
+    remove_old_states(path.parent, keep)
 
 
 def write_content(path: Path, state: TrainState, shards: dict[str, int] | None = None) -> None:
@@ -105,8 +102,7 @@ def write_content(path: Path, state: TrainState, shards: dict[str, int] | None =
     """
     content = {
         "format": _FORMAT,
-        "spec": state.spec.to_json(),
-        "config": json.dumps(state.config.to_dict()),
+        "config": json.dumps(state.config),
         "shards": shards or {},
         **{name: getattr(state, name) for name in _PLAIN_PARTS},
     }
@@ -172,18 +168,47 @@ def load_state(path: Path) -> TrainState:
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         raise CheckpointError(f"{file}: not a checkpoint, or damaged or incomplete") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise CheckpointError(f"{file}: not a checkpoint of equiflop train")
+        raise CheckpointError(f"{file}: not a checkpoint of equiflop train (of this version)")
     try:
         for name, size in content.get("shards", {}).items():
             shard = file.with_name(name)
             if not shard.is_file() or shard.stat().st_size != size:
                 raise CheckpointError(f"{shard}: missing or incomplete; it should have {size:,} bytes")
         return TrainState(
-            spec=ModelSpec.from_json(content["spec"]),
-            config=TrainConfig.from_dict(json.loads(content["config"])),
+            config=dict(json.loads(content["config"])),
             **{name: kind(content[name]) for name, kind in _PLAIN_PARTS.items()},
         )
     except CheckpointError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: a checkpoint with a part missing or damaged ({error})") from error
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: Path | str) -> None:
+    """Load a state dict strictly.
+
+    Args:
+        model: the network.
+        state: its weights.
+        origin: where they come from, for messages.
+
+    Raises:
+        CheckpointError: if keys or shapes do not fit the model, or a number is NaN or infinite.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        parts = [
+            f"{len(keys)} {kind} (first: {keys[0]})"
+            for kind, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        ]
+        raise CheckpointError(f"{origin}: weights of another model: {', '.join(parts)}")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise CheckpointError(
+                f"{origin}: {key} has shape {tuple(value.shape)}, the model needs {tuple(own[key].shape)}"
+            )
+        if value.is_floating_point() and not bool(torch.isfinite(own_share(value)).all()):
+            raise CheckpointError(f"{origin}: {key} holds NaN or infinite numbers")
+    model.load_state_dict(dict(state))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equiflop.data import Split
-from equiflop.training.progress import Progress
+from equiflop.runtime.progress import Progress
 
 _QUERIES = 512
 

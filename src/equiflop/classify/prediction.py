@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from equiflop.classify.model_spec import create_model, preprocessing_of
+from equiflop.classify.weights import TrainedModel, load_model
 from equiflop.data import Preprocessing, read_image
 from equiflop.data.splits import image_transform
-from equiflop.training.checkpoint import TrainedModel, load_model
-from equiflop.training.model_spec import create_model, preprocessing_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Classifier:
 
     @classmethod
     def from_trained(cls, trained: TrainedModel) -> Classifier:
-        """A network that :func:`equiflop.training.load_model` has read."""
+        """A network that :func:`equiflop.classify.load_model` has read."""
         return cls(trained.spec.name, trained.model, trained.spec.classes, trained.spec.preprocessing)
 
     @classmethod

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
+from equiflop.classify.config import TrainConfig
+from equiflop.classify.model_spec import create_model, preprocessing_of
+from equiflop.classify.weights import load_model
 from equiflop.data import Preprocessing
-from equiflop.training.checkpoint import load_model
-from equiflop.training.config import TrainConfig
-from equiflop.training.model_spec import create_model, preprocessing_of
 
 
-class Objective(nn.Module):
-    """Mixing and loss of a configuration.
+class ClassifierObjective(nn.Module):
+    """Mixing and loss of a configuration, as :class:`equiflop.training.Trainer` takes an objective.
 
     Args:
         config: the run.
@@ -52,19 +51,33 @@ class Objective(nn.Module):
         self.soft_loss: nn.Module = BinaryCrossEntropy(smoothing=0.0) if config.loss == "bce" else nn.CrossEntropyLoss()
         self.teacher = Teacher(config.teacher, classes, preprocessing) if config.teacher else None
 
-    def mix(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, network: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a batch, and whether each image is classified rightly (a mixed one by its own label).
+
+        Args:
+            network: the classifier.
+            batch: images ``(B, C, H, W)``, which may be overwritten, and labels ``(B,)``.
+        """
+        images, labels = batch
+        images, targets = self.mix(images, labels)
+        logits = network(images)
+        loss = self.loss_of(logits.float(), targets, images)
+        return loss, {"accuracy": logits.detach().argmax(dim=1) == labels}
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixed images with soft targets ``(B, classes)``, or both as they are.
+
+        How is drawn from the generators of Python and numpy.
 
         Args:
             images: shape ``(B, C, H, W)``; overwritten.
             labels: shape ``(B,)``.
-            seed: decides how.
         """
         paired = len(images) // 2 * 2
         if self.mixup is None or not paired:
             return images, labels
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
         mixed, targets = self.mixup(images[:paired], labels[:paired])
         if paired < len(images):  # where images could not be read, the last may lack a partner
             smoothing = self.config.label_smoothing
@@ -73,7 +86,7 @@ class Objective(nn.Module):
             targets = torch.cat([targets, alone + smoothing / targets.shape[1]])
         return mixed, targets
 
-    def forward(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+    def loss_of(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
         """Mean loss of a batch.
 
         Args:
@@ -81,7 +94,7 @@ class Objective(nn.Module):
             targets: labels ``(B,)`` or soft targets ``(B, classes)``.
             images: what the network saw; a teacher looks at them as well.
         """
-        loss = (self.loss if targets.ndim == 1 else self.soft_loss)(logits, targets)
+        loss: Tensor = (self.loss if targets.ndim == 1 else self.soft_loss)(logits, targets)
         if self.teacher is None:
             return loss
         share = self.config.distillation_weight

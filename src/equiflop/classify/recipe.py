@@ -1,4 +1,4 @@
-"""Recipes: named sets of options for :class:`equiflop.training.TrainConfig`, as YAML files."""
+"""Recipes: named sets of options for :class:`equiflop.classify.TrainConfig`, as YAML files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from equiflop.training.config import check_names, number_names
+from equiflop.classify.config import TrainConfig
 
-_FOLDER = files("equiflop.training") / "recipes"
+_FOLDER = files("equiflop.classify") / "recipes"
 
 
 def recipe_names() -> list[str]:
@@ -49,12 +49,12 @@ def load_recipe(name: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f"{origin}: a recipe is a mapping such as 'lr: 1.0e-3', not {type(options).__name__}")
     try:
-        check_names(options)
+        TrainConfig.check_names(options)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
     if not isinstance(options.get("model_kwargs") or {}, dict):
         raise ValueError(f"{origin}: model_kwargs={options['model_kwargs']!r} is not a mapping such as 'depth: 4'")
-    numbers = number_names()
+    numbers = TrainConfig.number_names()
     return {name: _number(value) if name in numbers else value for name, value in options.items()}
 
 

@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from equiflop.files import write_atomically
+from equiflop.classify.config import TrainConfig
+from equiflop.classify.model_spec import ModelSpec
 from equiflop.models.pretrained import METADATA_KEY, WEIGHTS_FILE
-from equiflop.training.config import TrainConfig
-from equiflop.training.model_spec import ModelSpec
-from equiflop.training.sharding import load_whole
-from equiflop.training.state import CHECKPOINT_FOLDER, STATE_FILE, CheckpointError, load_state, saved_states
+from equiflop.training.errors import CheckpointError
+from equiflop.training.run_folder import write_tensors
+from equiflop.training.sharded_state import load_whole
+from equiflop.training.state import (
+    CHECKPOINT_FOLDER,
+    STATE_FILE,
+    load_state,
+    load_weights,
+    saved_states,
+)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], spec: ModelSpec, config: TrainConfig | None = None) -> None:
@@ -34,36 +38,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], spec: ModelSpec, con
     Raises:
         OSError: if it cannot be written; what was there before is then intact.
     """
-    state = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    note: dict[str, Any] = {"spec": spec.to_json(), "config": config.to_dict() if config is not None else None}
-    content = safetensors.torch.save(state, metadata={METADATA_KEY: json.dumps(note)})
-    write_atomically(path, lambda file: file.write(content))
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: Path | str) -> None:
-    """Load a state dict strictly.
-
-    Raises:
-        CheckpointError: if keys or shapes do not fit the model, or a number is NaN or infinite.
-    """
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        parts = [
-            f"{len(keys)} {kind} (first: {keys[0]})"
-            for kind, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
-        raise CheckpointError(f"{origin}: weights of another model: {', '.join(parts)}")
-    for key, value in state.items():
-        if value.shape != own[key].shape:
-            raise CheckpointError(
-                f"{origin}: {key} has shape {tuple(value.shape)}, the model needs {tuple(own[key].shape)}"
-            )
-        own_share = value.to_local() if isinstance(value, DTensor) else value
-        if value.is_floating_point() and not bool(torch.isfinite(own_share).all()):
-            raise CheckpointError(f"{origin}: {key} holds NaN or infinite numbers")
-    model.load_state_dict(dict(state))
+    write_tensors(path, weights, spec.to_json(), config)
 
 
 @dataclass(frozen=True)
@@ -99,7 +74,7 @@ def load_model(path: str | Path) -> TrainedModel:
         spec, config, state = _read_safetensors(path)
     else:
         saved = load_state(path)
-        spec, config = saved.spec, saved.config
+        spec, config = _described(path, saved.about, saved.config)
         part, state = ("model", saved.model) if saved.ema is None else ("ema", saved.ema)
     try:
         model = spec.build()
@@ -136,7 +111,17 @@ def _read_safetensors(path: Path) -> tuple[ModelSpec, TrainConfig | None, dict[s
         raise CheckpointError(f"{path}: does not say which model it belongs to (not written by equiflop train)")
     try:
         note = json.loads(metadata[METADATA_KEY])
-        config = TrainConfig.from_dict(note["config"]) if note["config"] is not None else None
-        return ModelSpec.from_json(note["spec"]), config, state
+        about, config = note["spec"], note["config"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the description of its model is damaged ({error})") from error
+    return *_described(path, about, config), state
+
+
+def _described(path: Path, about: str, config: dict[str, Any] | None) -> tuple[ModelSpec, TrainConfig | None]:
+    """What a file says of its network and of the training."""
+    if not about:
+        raise CheckpointError(f"{path}: holds a network of your own, no classifier; load its tensors into it yourself")
+    try:
+        return ModelSpec.from_json(about), None if config is None else TrainConfig.from_dict(config)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the description of its model is damaged ({error})") from error

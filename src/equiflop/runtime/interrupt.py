@@ -44,3 +44,9 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous = {}
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """For a loader's workers: what asks a training to stop reaches them too, but they are still needed then."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from equiflop.training.device import pick_device
+from equiflop.runtime.device import pick_device
 
 _TIMEOUT = timedelta(hours=2)  # the first process may have to download the data
 
@@ -36,13 +36,20 @@ class Processes:
     device: torch.device
 
     @classmethod
-    def join(cls, device: str) -> Processes:
+    def join(cls, device: str, fsdp: bool = False) -> Processes:
         """Join the processes that torchrun started; alone without torchrun.
 
+        Args:
+            device: see :func:`equiflop.runtime.pick_device`.
+            fsdp: whether a network is to be shared out over them.
+
         Raises:
-            ValueError: if the device does not exist, or there are fewer CUDA devices than processes on this machine.
+            ValueError: if the device does not exist, there are fewer CUDA devices than processes on this machine, or
+                there is only one process to share out to.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
+        if fsdp and count == 1:
+            raise ValueError("fsdp: there is only one process to share out to; start several with torchrun")
         if count == 1:
             return cls(0, 1, pick_device(device))
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -90,6 +97,15 @@ class Processes:
             for buffer in model.buffers():
                 if buffer.is_floating_point():
                     dist.broadcast(buffer, src=0)
+
+    def same_weights(self, model: nn.Module) -> None:
+        """Give all processes the first one's parameters and buffers, as they must be before the first step."""
+        if self.count > 1:
+            with torch.no_grad():
+                for tensor in (*model.parameters(), *model.buffers()):
+                    shared = tensor.detach().to(self.device)
+                    dist.broadcast(shared, src=0)
+                    tensor.copy_(shared)
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of a small tensor over the processes, on the CPU."""

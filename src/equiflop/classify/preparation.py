@@ -5,7 +5,8 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import nn
 
-from equiflop.training.checkpoint import load_model, load_weights
+from equiflop.classify.weights import load_model
+from equiflop.training.state import load_weights
 
 
 def start_from(model: nn.Module, source: str, input_size: tuple[int, int, int]) -> None:
@@ -16,7 +17,7 @@ def start_from(model: nn.Module, source: str, input_size: tuple[int, int, int]) 
 
     Args:
         model: the network, freshly initialised.
-        source: what :func:`equiflop.training.load_model` reads.
+        source: what :func:`equiflop.classify.load_model` reads.
         input_size: (channels, height, width) of the network's input.
 
     Raises:

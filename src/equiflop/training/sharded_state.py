@@ -1,4 +1,4 @@
-"""Networks whose parameters, gradients and optimiser are shared out over processes (FSDP2), and their states on disk.
+"""States of training whose tensors are shared out over processes (FSDP2), on disk.
 
 Such a state is a folder: ``state.pt`` with all that every process knows, and one safetensors file of every process,
 written and read by torch.distributed.checkpoint. Neither can hold code. Any number of processes can read it.
@@ -19,71 +19,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from equiflop.files import failures_named, hidden, put_in_place, remove
-from equiflop.training.processes import Processes
-from equiflop.training.state import STATE_FILE, CheckpointError, TrainState, remove_old_states, write_content
+from equiflop.runtime.processes import Processes
+from equiflop.training.errors import CheckpointError
+from equiflop.training.state import STATE_FILE, TrainState, remove_old_states, write_content
 
 _LIBRARY = "torch.distributed.checkpoint"
 
 
-def units(model: nn.Module) -> list[nn.Module]:
-    """The parts whose parameters are gathered together: entries of the lists called ``blocks``, inner ones first."""
-
-    def entries(module: nn.Module) -> list[nn.Module]:
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            return [entry for child in module.children() for entry in entries(child)]
-        return [module]
-
-    lists = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks"]
-    return [entry for blocks in reversed(lists) for child in blocks.children() for entry in entries(child)]
-
-
-def shard(model: nn.Module, processes: Processes) -> None:
-    """Share a network's parameters out over all processes; each gathers those of a block while it computes it.
-
-    The network moves to the device of the process, part by part.
-    """
-    mesh = init_device_mesh(processes.device.type, (processes.count,))
-    for unit in units(model):
-        fully_shard(unit, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether :func:`shard` was applied to a network: then all processes must call it equally often."""
-    return isinstance(model, FSDPModule)
-
-
-def gathered(state: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """A state dict with whole tensors on the CPU, in the first process; all processes must call it."""
-    whole = {}
-    for name, value in state.items():
-        tensor = value.full_tensor() if isinstance(value, DTensor) else value
-        if processes.first:
-            whole[name] = tensor.cpu()
-    return whole
-
-
-def check_optimizer(name: str, optimizer: torch.optim.Optimizer) -> None:
-    """See that an optimiser can be shared out, once it has made a step.
-
-    Raises:
-        ValueError: if it keeps tensors of other shapes than those of the parameters.
-    """
-    for parameter, values in optimizer.state.items():
-        if any(isinstance(value, DTensor) and value.shape != parameter.shape for value in values.values()):
-            raise ValueError(
-                f"optimizer={name!r} keeps tensors of other shapes than its parameters, which fsdp cannot share out; "
-                "use adamw, lamb or sgd"
-            )
-
-
-def save_sharded_state(path: Path, state: TrainState, processes: Processes) -> None:
-    """Write a training state, every process its own share, and remove the oldest beside it.
+def save_sharded_state(path: Path, state: TrainState, keep: int, processes: Processes) -> None:
+    """Write a training state, every process its own share, and remove the oldest beside it, beyond ``keep``.
 
     Raises:
         OSError: if one process cannot write, or not where the first one sees it; earlier states are then intact.
@@ -106,7 +53,7 @@ def save_sharded_state(path: Path, state: TrainState, processes: Processes) -> N
             write_content(folder / STATE_FILE, rest, sizes)
             with failures_named(path):
                 put_in_place(path)
-                remove_old_states(path.parent, state.config.keep_checkpoints)
+                remove_old_states(path.parent, keep)
     except OSError as error:
         problem = error
     if processes.all_reduce_max(int(problem is not None)):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from equiflop.data import Split
-from equiflop.training.processes import Processes
-from equiflop.training.progress import Progress
-from equiflop.training.sharding import is_sharded
+from equiflop.runtime.processes import Processes
+from equiflop.runtime.progress import Progress
+from equiflop.runtime.sharding import is_sharded
 
 #: Bins of the expected calibration error (Guo et al., arXiv 1706.04599).
 CALIBRATION_BINS = 15

@@ -12,8 +12,13 @@ import timm
 import torch
 
 
-def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Hardware, versions and command, as plain values for JSON."""
+def describe_machine(device: torch.device | None = None, program: str = "equiflop") -> dict[str, Any]:
+    """Hardware, versions and command, as plain values for JSON.
+
+    Args:
+        device: where it ran; a GPU is named.
+        program: what stands before the arguments in the command, such as ``"python examples/pose.py"``.
+    """
     import equiflop
 
     hardware: dict[str, Any] = {
@@ -33,7 +38,7 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
             "equiflop": equiflop.__version__,
             "system": platform.platform(),
         },
-        "command": " ".join(["equiflop", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
     }
 
 

@@ -1,0 +1,19 @@
+"""Classifiers: what one is, how it is trained on labelled images, measured and asked."""
+
+from equiflop.classify.config import TrainConfig
+from equiflop.classify.evaluation import Evaluation, MirrorAveraged, evaluate
+from equiflop.classify.model_spec import ModelSpec, create_model
+from equiflop.classify.trainer import ClassifierTrainer
+from equiflop.classify.weights import TrainedModel, load_model
+
+__all__ = [
+    "ClassifierTrainer",
+    "Evaluation",
+    "MirrorAveraged",
+    "ModelSpec",
+    "TrainConfig",
+    "TrainedModel",
+    "create_model",
+    "evaluate",
+    "load_model",
+]
