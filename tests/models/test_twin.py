@@ -22,7 +22,6 @@ import equiflop
 from equiflop import EquiflopWarning
 from equiflop.image_group import named_image_group
 from equiflop.models import EquivariantVisionTransformer
-from equiflop.models.entry_points import plain_settings
 from equiflop.models.twin import twin
 from oracles import relative_error, scramble
 from plain_weights import TRIVIAL, plain_weights
@@ -674,7 +673,8 @@ def test_names_of_other_families_give_the_registered_networks(plain: str, own: s
     with pytest.warns(EquiflopWarning, match=f"those of '{plain}.fb_in1k'"):
         assert type(twin(f"{plain}.fb_in1k", **options)) is type(expected)
     settings = {"group": "updown", "drop_rate": 0.1, "norm_eps": 1e-5, "matched_bias": True}
-    assert plain_settings(f"twin:{plain}.fb_in1k", settings) == plain_settings(own, settings)
+    tagged = f"{plain}.fb_in1k"
+    assert equiflop.plain_twin(f"twin:{tagged}", settings) == (tagged, equiflop.plain_twin(own, settings)[1])
     assert twin(plain, "updown", **options).group == named_image_group("updown")
     with pytest.raises(ValueError, match="heads='coupled' is for vision transformers"):
         twin(plain, heads="coupled", **options)

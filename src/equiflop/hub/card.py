@@ -11,7 +11,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 import equiflop
-from equiflop.models.entry_points import plain_settings
 from equiflop.training.checkpoint import TrainedModel
 from equiflop.training.config import TrainConfig
 from equiflop.training.model_spec import create_model
@@ -211,8 +210,8 @@ def data_name(data: str) -> str:
 def _plain_twin(trained: TrainedModel) -> tuple[str, int, int] | None:
     """Name, parameters and MACs of the plain twin, made on the meta device; None if timm cannot make it."""
     spec = trained.spec
-    name, overrides = equiflop.plain_twin(spec.name)
-    keywords = {**overrides, **plain_settings(spec.name, spec.kwargs), "num_classes": len(spec.classes)}
+    name, keywords = equiflop.plain_twin(spec.name, spec.kwargs)
+    keywords["num_classes"] = len(spec.classes)
     try:
         with torch.device("meta"):
             plain = create_model(name, keywords)
