@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -21,11 +21,20 @@ import equiflop
 class Recipe(Protocol):
     """What the loop needs of an example's recipe."""
 
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    seed: int
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def seed(self) -> int: ...
 
 
 def train(
@@ -80,7 +89,7 @@ def train(
     return speed
 
 
-def throughput(models: dict[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int) -> dict[str, float]:
+def throughput(models: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int) -> dict[str, float]:
     """Median images per second of networks in evaluation, measured in turns after one turn to warm up."""
     rates: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():

@@ -259,7 +259,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def case(**options: Any) -> tuple[State, Any, Tensor, Tensor]:
     """An official state dict, a fresh model of ours, images, and the official logits."""
-    options = {"channels": 24, "depth": 2, "heads": 2, "patch": (8, 8), "grid": (4, 4), "chans": 3} | options
+    defaults: dict[str, Any] = {"channels": 24, "depth": 2, "heads": 2, "patch": (8, 8), "grid": (4, 4), "chans": 3}
+    options = defaults | options
     design, heads, norms = options.get("design", "equivariant"), options["heads"], options.get("norms", False)
     state = random_state(**options)
     size = tuple(g * p for g, p in zip(options["grid"], options["patch"], strict=True))

@@ -167,7 +167,7 @@ def test_parametrised_weights_are_used(name: str) -> None:
     [
         parametrizations.spectral_norm,
         lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
-        lambda linear: nn.utils.parametrizations.weight_norm(linear, dim=None),
+        lambda linear: nn.utils.parametrizations.weight_norm(linear, dim=None),  # type: ignore[arg-type]
     ],
     ids=["spectral norm", "pruning", "weight norm"],
 )
