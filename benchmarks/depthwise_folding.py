@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equiflop.benchmark.machine import describe_machine
 from equiflop.benchmark.timing import time_in_turns
 
 SIDE = 7
@@ -129,11 +128,7 @@ def main() -> None:
         print(f"{f'{side}x{side}x{channels}':<12} {1e3 * seconds['conv2d']:>10.2f}{cells}", flush=True)
     if arguments.output:
         result = {
-            "command": "python " + " ".join(sys.argv),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            **describe_machine(),
             "batch": arguments.batch,
             "rounds": arguments.rounds,
             "rows": rows,

@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-import equiflop
+from equiflop.benchmark.machine import describe_machine
+from equiflop.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-class Recipe(Protocol):
-    """What the loop needs of an example's recipe."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What all networks of an example share; an example adds its numbers of pictures."""
 
-    @property
-    def epochs(self) -> int: ...
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.05
+    width: int = 128
+    depth: int
+    heads: int = 4
+    seed: int = 0
 
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def learning_rate(self) -> float: ...
-
-    @property
-    def weight_decay(self) -> float: ...
-
-    @property
-    def seed(self) -> int: ...
+    def vit_options(self, img_size: int | tuple[int, int], patch_size: int) -> dict[str, Any]:
+        """Keywords of the vision transformer, without a classifier."""
+        return {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "num_classes": 0,
+            "init_values": None,
+            "no_embed_class": True,
+        }
 
 
 def train(
@@ -102,19 +113,34 @@ def throughput(models: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor,
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def record(recipe: Any, seconds: float, rows: dict[str, dict[str, Any]], **others: Any) -> dict[str, Any]:
+def read_options(description: str | None, things: str) -> argparse.Namespace:
+    """The options of an example that draws its ``things``, trains networks on them and compares them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
+    parser.add_argument("--seed", type=int, default=0, help=f"seed of {things}, weights and batches")
+    parser.add_argument("--epochs", type=int, help=f"passes over the training {things}")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--figure", type=Path, help="PNG file to write; needs matplotlib")
+    return parser.parse_args()
+
+
+def write_panels(figure: Figure, axes: Any, columns: Sequence[str], path: Path) -> None:
+    """Write a figure of panels: titles above the first row, no ticks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    FigureCanvasAgg(figure)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def record(recipe: Recipe, seconds: float, rows: dict[str, dict[str, Any]], **others: Any) -> dict[str, Any]:
     """A run for JSON: command, versions, machine, recipe and what was measured."""
     return {
-        "command": "python " + " ".join(sys.argv),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "equiflop": equiflop.__version__,
-        },
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **describe_machine(),
         "seconds": seconds,
         "recipe": asdict(recipe),
         **others,

@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -35,6 +33,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from equiflop import macs
+from equiflop.benchmark.machine import describe_machine
 from equiflop.files import write_text
 from equiflop.models.graph_network import GraphNetwork, SetNetwork
 
@@ -242,11 +241,7 @@ def main() -> None:
     rows = compare(arguments.quick, 1 if arguments.quick else arguments.seeds)
     if arguments.output:
         result = {
-            "command": "python " + " ".join(sys.argv),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            **describe_machine(),
             "nodes": NODES,
             "networks": rows,
         }

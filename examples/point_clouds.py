@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiflop import macs
+from equiflop.benchmark.machine import describe_machine
 from equiflop.files import write_text
 from equiflop.groups import octahedral_rotations
 from equiflop.models.point_transformer import PlainPointTransformer, PointTransformer
@@ -353,12 +353,8 @@ def main() -> None:
         key = "network"
     if arguments.output:
         run = {
-            "command": "python " + " ".join(sys.argv),
+            **describe_machine(),
             "settings": {option: value for option, value in vars(arguments).items() if option != "output"},
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         }
         write_json(arguments.output, {name: {str(row[key]): {**row, "run": run} for row in rows}})
 

@@ -14,7 +14,6 @@ over the image and its mirror image), E with one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -31,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import equiflop
-from equiflop.files import write_atomically, write_text
+from equiflop.files import write_text
 from equiflop.models import EquivariantVisionTransformer
 from equiflop.models.pose import (
     PoseEstimator,
@@ -63,21 +62,16 @@ FALLOFF = torch.tensor([0.052, *(k for k in (0.158, 0.144, 0.124, 0.214, 0.174, 
 NETWORKS = ("plain ViT", "E(ViT) flop")
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(dense_training.Recipe):
     """What both networks share."""
 
     train_figures: int
     test_figures: int
-    epochs: int
     batch_size: int = 64
     learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    width: int = 128
     depth: int = 6
-    heads: int = 4
     sigma: float = 1.0
-    seed: int = 0
 
 
 FULL = Recipe(train_figures=20000, test_figures=2000, epochs=15)
@@ -244,16 +238,7 @@ class PlainEstimator(nn.Module):
 
 def build(name: str, recipe: Recipe) -> nn.Module:
     """One of ``NETWORKS``, of the recipe's size."""
-    options: dict[str, Any] = {
-        "img_size": SIZE,
-        "patch_size": PATCH,
-        "embed_dim": recipe.width,
-        "depth": recipe.depth,
-        "num_heads": recipe.heads,
-        "num_classes": 0,
-        "init_values": None,
-        "no_embed_class": True,
-    }
+    options = recipe.vit_options(SIZE, PATCH)
     if name == "plain ViT":
         return PlainEstimator(VisionTransformer(**options), len(JOINTS))
     return PoseEstimator(EquivariantVisionTransformer(**options, group="flop"), len(JOINTS), FLIP_PAIRS)
@@ -329,7 +314,6 @@ def draw_figure(path: Path, models: dict[str, Callable[[Tensor], Tensor]], figur
     Raises:
         ImportError: if matplotlib is missing; it comes with the extra ``demo``.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -357,27 +341,15 @@ def draw_figure(path: Path, models: dict[str, Callable[[Tensor], Tensor]], figur
             axis.plot(*joints[0].numpy(), "o", color=colours[""], markersize=4)
             axis.set_xlim(0, 48)
             axis.set_ylim(64, 0)
-    for axis, title in zip(axes[0], columns, strict=True):
-        axis.set_title(title, fontsize=9)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
     handles = [Line2D([], [], color=colours[side], linewidth=2) for side in ("left", "right")]
     labels = ["the figure's left arm and leg", "its right arm and leg"]
     canvas.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    FigureCanvasAgg(canvas)
-    write_atomically(path, lambda file: canvas.savefig(file, format="png"))
+    dense_training.write_panels(canvas, axes, columns, path)
 
 
 def main() -> None:
     """Train, evaluate, print the table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
-    parser.add_argument("--seed", type=int, default=0, help="seed of figures, weights and batches")
-    parser.add_argument("--epochs", type=int, help="passes over the training figures")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--figure", type=Path, help="PNG file to write; needs matplotlib")
-    options = parser.parse_args()
+    options = dense_training.read_options(__doc__, "figures")
     base = QUICK if options.quick else FULL
     recipe = Recipe(**{**asdict(base), "seed": options.seed, "epochs": options.epochs or base.epochs})
     start = time.perf_counter()

@@ -13,7 +13,6 @@ mirrored, and turned.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -30,7 +29,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import equiflop
-from equiflop.files import write_atomically, write_text
+from equiflop.files import write_text
 from equiflop.models import EquivariantVisionTransformer
 from equiflop.models.segmentation import Segmenter
 
@@ -48,20 +47,15 @@ BACK: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(dense_training.Recipe):
     """What all networks share."""
 
     train_scenes: int
     test_scenes: int
-    epochs: int
     batch_size: int = 32
     learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    width: int = 128
     depth: int = 4
-    heads: int = 4
-    seed: int = 0
 
 
 FULL = Recipe(train_scenes=4000, test_scenes=1000, epochs=12)
@@ -145,16 +139,7 @@ class PlainSegmenter(nn.Module):
 
 def build(name: str, recipe: Recipe) -> nn.Module:
     """One of ``NETWORKS``, of the recipe's size."""
-    options: dict[str, Any] = {
-        "img_size": SIDE,
-        "patch_size": PATCH,
-        "embed_dim": recipe.width,
-        "depth": recipe.depth,
-        "num_heads": recipe.heads,
-        "num_classes": 0,
-        "init_values": None,
-        "no_embed_class": True,
-    }
+    options = recipe.vit_options(SIDE, PATCH)
     if name == "plain ViT":
         return PlainSegmenter(VisionTransformer(**options), len(CLASSES))
     return Segmenter(EquivariantVisionTransformer(**options, group=name.split()[1]), len(CLASSES))
@@ -226,7 +211,6 @@ def draw_figure(path: Path, models: dict[str, nn.Module], images: Tensor, labels
     Raises:
         ImportError: if matplotlib is missing; it comes with the extra ``demo``.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -255,26 +239,14 @@ def draw_figure(path: Path, models: dict[str, nn.Module], images: Tensor, labels
                 axis.set_xlabel(f"{int(different.sum())} of {SIDE * SIDE} pixels", fontsize=8)
             else:
                 axis.imshow(value[i].numpy(), cmap=colours, vmin=-0.5, vmax=len(CLASSES) - 0.5, interpolation="nearest")
-    for axis, title in zip(axes[0], columns, strict=True):
-        axis.set_title(title, fontsize=9)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
     handles = [Patch(color=colours(i)) for i in range(len(CLASSES))]
     figure.legend(handles, CLASSES, loc="outside lower center", ncols=len(CLASSES), fontsize=9, frameon=False)
-    FigureCanvasAgg(figure)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    dense_training.write_panels(figure, axes, columns, path)
 
 
 def main() -> None:
     """Train, evaluate, print the table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke run of a few seconds")
-    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and batches")
-    parser.add_argument("--epochs", type=int, help="passes over the training scenes")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--figure", type=Path, help="PNG file to write; needs matplotlib")
-    options = parser.parse_args()
+    options = dense_training.read_options(__doc__, "scenes")
     base = QUICK if options.quick else FULL
     recipe = Recipe(**{**asdict(base), "seed": options.seed, "epochs": options.epochs or base.epochs})
     start = time.perf_counter()

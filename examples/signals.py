@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -34,6 +32,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from equiflop import macs
+from equiflop.benchmark.machine import describe_machine
 from equiflop.benchmark.timing import time_in_turns
 from equiflop.files import write_text
 from equiflop.models.signal_network import SignalNetwork
@@ -248,11 +247,7 @@ def main() -> None:
     paths = compare_paths(arguments.quick)
     if arguments.output:
         result = {
-            "command": "python " + " ".join(sys.argv),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            **describe_machine(),
             "angles": ANGLES,
             "channels": CHANNELS,
             "networks": networks,

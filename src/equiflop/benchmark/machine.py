@@ -33,8 +33,14 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
             "equiflop": equiflop.__version__,
             "system": platform.platform(),
         },
-        "command": " ".join(["equiflop", *sys.argv[1:]]),
+        "command": " ".join([program(sys.argv[0]), *sys.argv[1:]]),
     }
+
+
+def program(started: str) -> str:
+    """How a program is called that was started as this: a script by Python, else the command line."""
+    path = Path(started)
+    return f"python {started}" if path.suffix == ".py" and path.name != "__main__.py" else "equiflop"
 
 
 def processor_name() -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equiflop.groups import FiniteGroup, cyclic
+from equiflop.models.sizes import check_sizes
 from equiflop.nn.circulant import CirculantLinear
 
 
@@ -85,10 +86,7 @@ class SignalNetwork(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if depth < 0 or min(width, num_classes) < 1:
-            raise ValueError(
-                f"depth={depth}, width={width}, num_classes={num_classes}: depth must be at least 0, the others 1"
-            )
+        check_sizes(depth, {"width": width, "num_classes": num_classes})
         self.embed = CirculantLinear(n, in_channels, width, device=device, dtype=dtype)
         self.blocks = nn.ModuleList(
             SignalBlock(n, width, dropout=dropout, device=device, dtype=dtype) for _ in range(depth)
