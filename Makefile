@@ -4,6 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OLDEST := .venv-oldest/bin
 OLDEST_PYTHON ?= python3.11
+ADAPTED := tests/test_tools.py tests/hub tests/deploy/test_prepare.py tests/deploy/test_serve.py tests/deploy/test_torchao.py
 DOCS_STAMP := .venv/.installed-docs
 
 .PHONY: demo test oldest soak check lint types docs web node clean
@@ -27,7 +28,7 @@ oldest:
 	$(OLDEST)/pytest -n 2 --dist worksteal -m "not slow" $(ADAPTED)
 
 soak: $(STAMP)
-	$(BIN)/python tests/soak.py --kills 30
+	$(BIN)/python tests/training/soak.py --kills 30
 
 check: lint types test
 

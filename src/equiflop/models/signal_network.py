@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +87,12 @@ class SignalNetwork(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_sizes(depth, {"width": width, "num_classes": num_classes})
-        self.embed = CirculantLinear(n, in_channels, width, device=device, dtype=dtype)
-        self.blocks = nn.ModuleList(
-            SignalBlock(n, width, dropout=dropout, device=device, dtype=dtype) for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
-        self.head = nn.Linear(width, num_classes, device=device, dtype=dtype)
+        self.embed = CirculantLinear(n, in_channels, width, **dd)
+        self.blocks = nn.ModuleList(SignalBlock(n, width, dropout=dropout, **dd) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, **dd)
+        self.head = nn.Linear(width, num_classes, **dd)
 
     @property
     def group(self) -> FiniteGroup:

@@ -38,7 +38,7 @@ def _same(model: Any, x: Tensor, features: Tensor, logits: Tensor, tolerance: fl
 @pytest.mark.parametrize("golden", GOLDENS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_recorded_outputs_of_the_official_code(golden: str, dtype: torch.dtype, tolerance: float) -> None:
-    tensors = load_file(Path(__file__).parent / "data" / f"{golden}.safetensors")
+    tensors = load_file(Path(__file__).parent / "goldens" / f"{golden}.safetensors")
     state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
     name, kwargs = GOLDENS[golden]
     model = timm.create_model(name, num_classes=10, **kwargs).to(dtype).eval()
