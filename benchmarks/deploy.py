@@ -108,7 +108,7 @@ def measure(name: str, to: str, precision: str, data: str) -> dict[str, Any]:
                 for which, model in (("own", name), ("plain", plain_twin(name)[0]))
             )
             images = sample_images(subject, options.get("data"), 8).images
-            runners = [target.load(made.path, precision) for made in (own, plain)]
+            runners = (target.load(own.path, precision), target.load(plain.path, precision))
             *found, ratios = beside_plain(*runners, images, batch)
             speedup[str(batch)] = vars(ratios[batch])
             for which, speed in zip(("own", "plain"), found, strict=True):

@@ -17,7 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,11 +63,12 @@ def unrolled(x: Tensor, half: Tensor) -> Tensor:
     kernel = symmetric_kernel(half)[:, 0]
     padded = F.pad(x, (REACH, REACH, REACH, REACH)).permute(0, 2, 3, 1)
     height, width = x.shape[-2:]
-    total = None
+    total: Tensor | None = None
     for i in range(SIDE):
         for j in range(SIDE):
             term = padded[:, i : i + height, j : j + width] * kernel[:, i, j]
             total = term if total is None else total + term
+    assert total is not None
     return total.permute(0, 3, 1, 2)
 
 
@@ -74,7 +76,7 @@ def folded_unrolled(x: Tensor, half: Tensor) -> Tensor:
     """28 products of folded pixels, channels last."""
     padded = F.pad(x, (REACH, REACH, REACH, REACH)).permute(0, 2, 3, 1)
     height, width = x.shape[-2:]
-    total = None
+    total: Tensor | None = None
     for i in range(SIDE):
         rows = padded[:, i : i + height]
         for j in range(REACH + 1):
@@ -83,10 +85,11 @@ def folded_unrolled(x: Tensor, half: Tensor) -> Tensor:
                 pixels = pixels + rows[:, :, SIDE - 1 - j : SIDE - 1 - j + width]
             term = pixels * half[:, i, j]
             total = term if total is None else total + term
+    assert total is not None
     return total.permute(0, 3, 1, 2)
 
 
-def median_times(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def median_times(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each way, measured in turns after two warm-up calls."""
     times = time_in_turns(ways, rounds, 0.0, torch.device("cpu"), warm_up=2)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -106,11 +109,11 @@ def main() -> None:
     for side, channels in STAGES:
         x = torch.randn(arguments.batch, channels, side, side).to(memory_format=torch.channels_last)
         half = torch.randn(channels, SIDE, REACH + 1)
-        ways = {
-            "conv2d": lambda x=x, half=half: conv2d(x, half),
-            "folded, eager": lambda x=x, half=half: folded_eager(x, half),
-            "unrolled, compiled": lambda x=x, half=half: compiled["u"](x, half),
-            "folded, compiled": lambda x=x, half=half: compiled["f"](x, half),
+        ways: dict[str, Callable[[], Tensor]] = {
+            "conv2d": partial(conv2d, x, half),
+            "folded, eager": partial(folded_eager, x, half),
+            "unrolled, compiled": partial(compiled["u"], x, half),
+            "folded, compiled": partial(compiled["f"], x, half),
         }
         with torch.inference_mode():
             reference = ways["conv2d"]()
@@ -125,7 +128,7 @@ def main() -> None:
         print(f"{f'{side}x{side}x{channels}':<12} {1e3 * seconds['conv2d']:>10.2f}{cells}", flush=True)
     if arguments.output:
         result = {
-            **describe_machine(torch.device("cpu"), "python benchmarks/depthwise_folding.py"),
+            **describe_machine(),
             "batch": arguments.batch,
             "rounds": arguments.rounds,
             "rows": rows,

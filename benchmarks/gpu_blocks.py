@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 
 import equiflop
 from equiflop import kernels
-from equiflop.benchmark.machine import describe_machine
 from equiflop.benchmark.timing import Spread, time_in_turns
 from equiflop.files import write_text
+from equiflop.runtime import describe_machine
 
 #: What is compared, and the context in which it runs.
 FORMS: dict[str, Callable[[], AbstractContextManager[None]]] = {
@@ -119,8 +118,7 @@ def main() -> None:
         found.append(measure(name, options))
         print(json.dumps(found[-1]), flush=True)
     if options.output is not None:
-        command = " ".join(["python benchmarks/gpu_blocks.py", *sys.argv[1:]])
-        machine = describe_machine(torch.device(options.device)) | {"command": command}
+        machine = describe_machine(torch.device(options.device))
         write_text(options.output, json.dumps({**machine, "blocks": found}, indent=1) + "\n")
 
 

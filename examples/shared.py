@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,4 +82,4 @@ def throughput(models: Mapping[str, Callable[[Tensor], Tensor]], batch: Tensor, 
 
 def record(**results: Any) -> dict[str, Any]:
     """A run for JSON: machine, versions, command, and what was found."""
-    return {**describe_machine(CPU, f"python examples/{Path(sys.argv[0]).name}"), **results}
+    return {**describe_machine(CPU), **results}

@@ -88,8 +88,9 @@ def norm(state: State, name: str, x: list[Tensor]) -> list[Tensor]:
     singles = [part - part.mean(-1, keepdim=True) for part in x[:4]]
     rows = [torch.cat([x[4], x[6]], -1), torch.cat([x[5], x[7]], -1)]
     rows = [row - row.mean(-1, keepdim=True) for row in rows]
-    total = sum((part**2).mean(-1, keepdim=True) for part in singles)
-    total = total + 0.5 * sum((row**2).mean(-1, keepdim=True) for row in rows) + 1e-5
+    squares = [(part**2).mean(-1, keepdim=True) for part in singles]
+    squares += [0.5 * (row**2).mean(-1, keepdim=True) for row in rows]
+    total = torch.stack(squares).sum(0) + 1e-5
     sigma = math.sqrt(2) / 4 * torch.sqrt(total)
     alpha = state[f"{name}.scaling.alpha_E"]
     singles = [part / sigma * state[f"{name}.scaling.alpha_{i}"] for part, i in zip(singles, IRREPS, strict=True)]

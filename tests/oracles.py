@@ -6,6 +6,7 @@ They are built from Cayley tables, irrep matrices and pixel arrays alone, and ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from equiflop.groups import (
     quaternion,
     symmetric,
 )
+
+Module = TypeVar("Module", bound=nn.Module)
 
 GROUPS: dict[str, Callable[[], FiniteGroup]] = {
     "C1": lambda: cyclic(1),
@@ -168,7 +171,7 @@ def move_tokens(name: str, rep: Rep, a: int, tokens: Tensor, grid: tuple[int, in
 
 
 @torch.no_grad()
-def scramble(module: nn.Module, seed: int = 0) -> nn.Module:
+def scramble(module: Module, seed: int = 0) -> Module:
     """Fill all parameters with numbers of order 1, biases and scales included, so that no zero hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
@@ -186,7 +189,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float(difference / expected.abs().max().clamp_min(1e-300))
 
 
-def gain(layer: nn.Module, irrep: Irrep) -> float:
+def gain(layer: Any, irrep: Irrep) -> float:
     """Factor of the weights against the orthonormal map's: ``sqrt(d / |G|)`` for every side in the group's basis.
 
     Where the transform is made of additions, the factor of its rows, which then have entries 0, +1, -1 alone.
@@ -195,13 +198,13 @@ def gain(layer: nn.Module, irrep: Irrep) -> float:
     return 1.0 if layer.by_product else (irrep.dim / layer.in_rep.group.order) ** (sides / 2)
 
 
-def bias_gain(layer: nn.Module) -> float:
+def bias_gain(layer: Any) -> float:
     """Factor of the bias, which is added behind the transform of the input: the output's alone."""
     into_group = layer.out_order.kind == "group" and not layer.by_product
     return float(layer.in_rep.group.order**-0.5) if into_group else 1.0
 
 
-def dense_linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def dense_linear(layer: Any) -> tuple[Tensor, Tensor]:
     """The dense matrix ``sum_k J_k (x) W_k`` per irrep and the bias of an equivariant linear layer, float64.
 
     Between orthonormal axes in the order of the irreps, whatever order the layer reads and writes; with sections each
@@ -255,7 +258,7 @@ def head_places(rep: Rep, heads: int) -> list[list[int]]:
     return places
 
 
-def dense_attention(layer: nn.Module, x: Tensor) -> Tensor:
+def dense_attention(layer: Any, x: Tensor) -> Tensor:
     """Attention with an explicit vector per head.
 
     A coupled head holds its share of every row of every irrep, one after the other; a regular one holds channels of one

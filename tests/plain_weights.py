@@ -32,7 +32,7 @@ def plain_weights(plain: Any, made: nn.Module) -> dict[str, Tensor]:
         elif isinstance(module, enn.TiedConv2d):
             state[f"{at}weight"] = left.pop(f"{at}weight").permute(2, 3, 0, 1).flatten(0, 1)
         elif isinstance(module, enn.LinearToSeveral):
-            rows = [part.A.out_features for part in module.parts]
+            rows = [part.get_parameter("A.weight").shape[0] for part in module.parts]
             for kind in ("weight", "bias"):
                 if at + kind in left:
                     for i, part in enumerate(left.pop(at + kind).split(rows)):

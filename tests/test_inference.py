@@ -38,8 +38,9 @@ def test_optimized_network_computes_the_same_and_leaves_the_original_alone(name:
         model: Any = scrambled(small_vit(name))
         images = images_for(model)
     else:
-        sizes = {"embed_dim": 32, "num_blocks": 2, "img_size": 64} if "resmlp" in name else {"dims": (16, 32, 48, 64)}
-        sizes |= {} if "resmlp" in name else {"depths": (1, 1, 1, 1)}
+        sizes: dict[str, Any] = {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1)}
+        if "resmlp" in name:
+            sizes = {"embed_dim": 32, "num_blocks": 2, "img_size": 64}
         model = scramble(timm.create_model(name, num_classes=7, **sizes).eval())
         images = torch.randn(2, 3, 64, 64)
     before = {key: value.clone() for key, value in model.state_dict().items()}

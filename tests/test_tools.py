@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
 from timm.layers import set_fused_attn
 from timm.models._features_fx import create_feature_extractor as timm_extractor
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn.utils import parametrizations, parametrize, prune
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 
 import equiflop
 from small_models import ALL, CONVNEXT, INVARIANT, OCTIC, RESMLP, VIT, classifier, first_block, small_model
+
+peft = pytest.importorskip("peft")
+torchao = pytest.importorskip("torchao.quantization")
 
 _MLP = ("fc1", "act", "fc2")
 #: What people watch: a name per kind of layer, and how often it is called in one forward pass.
@@ -167,7 +168,7 @@ def test_parametrised_weights_are_used(name: str) -> None:
     [
         parametrizations.spectral_norm,
         lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
-        lambda linear: nn.utils.parametrizations.weight_norm(linear, dim=None),
+        lambda linear: nn.utils.parametrizations.weight_norm(linear, dim=None),  # type: ignore[arg-type]
     ],
     ids=["spectral norm", "pruning", "weight norm"],
 )
@@ -236,7 +237,7 @@ def randomise(model: nn.Module) -> None:
 def test_lora_adapts_trains_merges_and_stays_equivariant(name: str, way: str) -> None:
     model, x = small_model(name, torch.float64), images()
     before = model(x)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=adapters_of(name)[way])).eval()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=adapters_of(name)[way])).eval()
     torch.testing.assert_close(adapted(x), before)  # an adapter starts as zero
     assert sum(hasattr(module, "lora_A") for module in model.modules()) >= 8
     randomise(adapted)
@@ -256,7 +257,7 @@ def test_lora_adapts_trains_merges_and_stays_equivariant(name: str, way: str) ->
 
 def test_a_lora_step_lowers_the_loss() -> None:
     model = small_model(VIT)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=equiflop.linear_layers(model, NAMES)))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=equiflop.linear_layers(model, NAMES)))
     x, target = images(torch.float32, 8), torch.arange(8) % 7
     optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=0.02)
     losses = []
@@ -273,12 +274,12 @@ def test_a_lora_step_lowers_the_loss() -> None:
 def test_ia3_and_target_parameters_stay_equivariant(name: str) -> None:
     x = images()
     layers = equiflop.linear_layers(small_model(name), ["fc1", "fc2"])
-    ia3 = IA3Config(target_modules=layers, feedforward_modules=[path for path in layers if ".fc2." in path])
+    ia3 = peft.IA3Config(target_modules=layers, feedforward_modules=[path for path in layers if ".fc2." in path])
     parameters = [f"{path}.weight" for path in layers]
-    for config in (ia3, LoraConfig(r=2, target_modules=[], target_parameters=parameters)):
+    for config in (ia3, peft.LoraConfig(r=2, target_modules=[], target_parameters=parameters)):
         model = small_model(name, torch.float64)
         before = model(x)
-        adapted = get_peft_model(model, config).eval()
+        adapted = peft.get_peft_model(model, config).eval()
         randomise(adapted)
         output = adapted(x)
         assert (output - before).abs().max() > 1e-3
@@ -301,19 +302,19 @@ def test_linear_layers_names_what_tools_look_for() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("config", [Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig])
+@pytest.mark.parametrize("config", [torchao.Int8WeightOnlyConfig, torchao.Int8DynamicActivationInt8WeightConfig])
 def test_quantisers_find_all_linear_maps(name: str, config: Any) -> None:
     model, x = small_model(name), images(torch.float32)
     expected = model(x)
     layers = equiflop.linear_layers(model)
-    quantize_(model, config())
+    torchao.quantize_(model, config())
     done = [path for path in layers if type(model.get_submodule(path).weight) is not nn.Parameter]
     assert done == layers and len(layers) >= 10
     output = model(x)
     scale = expected.abs().max()
     assert 0 < (output - expected).abs().max() < 0.1 * scale
     if name in INVARIANT:  # int8 activations round the mirrored features otherwise, half a step at most
-        tolerance = 1e-5 if config is Int8WeightOnlyConfig else 0.05
+        tolerance = 1e-5 if config is torchao.Int8WeightOnlyConfig else 0.05
         assert (model(x.flip(-1)) - output).abs().max() < tolerance * scale
 
 

@@ -15,8 +15,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -195,6 +196,10 @@ def measured(subject: Subject, file: bytes, data: ImageData) -> dict[str, Any]:
     }
 
 
+def _put(content: bytes, opened: IO[bytes]) -> None:
+    opened.write(content)
+
+
 def make(demo: Path, output: Path, source: str | None, say: Any = print) -> dict[str, Any]:
     """Write both files and ``about.json``.
 
@@ -219,7 +224,7 @@ def make(demo: Path, output: Path, source: str | None, say: Any = print) -> dict
     for name, subject in subjects.items():
         file = onnx_bytes(subject)
         networks[name] = measured(subject, file, data)
-        write_atomically(output / f"{name}.onnx", lambda opened, file=file: opened.write(file))
+        write_atomically(output / f"{name}.onnx", partial(_put, file))
         found = networks[name]
         say(
             f"{name}.onnx: {found['bytes'] / 1e6:.2f} MB, accuracy {100 * found['accuracy']:.2f} % "

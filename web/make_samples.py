@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def make(models: Path, output: Path, source: str) -> None:
         name = data.classes[int(labels[0])]
         number = len(samples)
         file = f"{number:02}.png"
-        write_atomically(output / file, lambda opened, pixels=pixels: Image.fromarray(pixels).save(opened, "PNG"))
+        write_atomically(output / file, partial(Image.fromarray(pixels).save, format="PNG"))
         also = "" if number < len(data.classes) else ", on which the plain network changes its mind"
         samples.append(
             {

@@ -17,7 +17,7 @@ from equiflop.models import equivariant_models, plain_twin, twin
 from equiflop.warnings import EquiflopWarning
 
 if TYPE_CHECKING:
-    from equiflop.deploy import export
+    from equiflop.deploy.export import export
 
 __version__ = "0.1.0"
 

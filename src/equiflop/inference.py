@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map
 
 from equiflop.groups import Rep
 from equiflop.kernels import is_bare
-from equiflop.models.equivariant_convnext import EquivariantConvNeXtBlock
-from equiflop.models.equivariant_resmlp import ChannelMlp, EquivariantResBlock
+from equiflop.models.convnext_layers import EquivariantConvNeXtBlock
+from equiflop.models.resmlp_layers import ChannelMlp, EquivariantResBlock
 from equiflop.nn import Affine, AlgebraLinear, Block, LayerNorm, LayerScale, Linear
 
 

@@ -248,7 +248,7 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         "test_seconds_both_views": seconds,
         "epochs": [record.to_dict() for record in trainer.history],
         "config": config.to_dict() | {"out": run.name},
-        "machine": describe_machine(torch.device("cpu"), "python studies/cifar10/study.py"),
+        "machine": describe_machine(torch.device("cpu")),
     }
 
 

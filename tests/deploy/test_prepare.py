@@ -165,11 +165,10 @@ def test_a_watched_module_is_called() -> None:
 
 def test_adapters_are_not_passed_by() -> None:
     """What is not in the weights cannot be folded or centred by them."""
-    from peft import LoraConfig, get_peft_model
-
+    peft = pytest.importorskip("peft")
     model = small_model(ALL[0], torch.float64)
     targets = equiflop.linear_layers(model, ["proj", "fc1", "fc2"])
-    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     made: Any = same_function(
         scramble(adapted.base_model.model.double().eval()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -33,7 +35,7 @@ def turns(n: int) -> Action:
     return Action(cyclic(n), np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2), f"turns by 1/{n}")
 
 
-ACTIONS = {
+ACTIONS: dict[str, Callable[[], Action | ImageGroup]] = {
     "rotations of a cube": lambda: Action(octahedral(), octahedral_rotations()),
     "symmetries of a cube": lambda: Action(full_octahedral(), full_octahedral_matrices()),
     "turns by thirds": lambda: turns(3),
@@ -41,7 +43,7 @@ ACTIONS = {
     "irrep E of D3": lambda: Action(dihedral(3), dihedral(3).irreps[-1].matrices),
     "left and right eye": lambda: Action.permuting(flop(), [(0, 1, 2), (0, 2, 1)]),
     "mirrored vectors": lambda: Action.permuting(flop(), [(0, 1), (0, 1)], [(1, 1), (-1, 1)]),
-    **{name: lambda name=name: image_group(name) for name in IMAGE_GROUPS},
+    **{name: partial(image_group, name) for name in IMAGE_GROUPS},
 }
 
 
@@ -112,9 +114,12 @@ def test_axes_of_another_length_are_refused(shape: tuple[int, ...]) -> None:
             r"matrices\[1\] @ matrices\[1\] is not matrices\[2\]",
         ),
         (lambda: Action.permuting(flop(), [(0, 1)]), r"images has shape \(1, 2\).*each of the 2 elements"),
-        (lambda: Action.permuting(flop(), [(0.0, 1.0), (1.0, 0.0)]), "one sequence of integers"),
+        (lambda: Action.permuting(flop(), np.eye(2)), "one sequence of integers"),
         (lambda: Action.permuting(flop(), [(0, 1), (1, 1)]), r"images\[1\]=\[1, 1\] is not a permutation of 0..1"),
-        (lambda: Action.permuting(flop(), [(0, 1), (1, 0)], [(1, 1), (1, 0.5)]), "signs=.* must hold 1 or -1"),
+        (
+            lambda: Action.permuting(flop(), [(0, 1), (1, 0)], np.array([(1, 1), (1, 0.5)])),
+            "signs=.* must hold 1 or -1",
+        ),
         (lambda: Action.permuting(flop(), [(0, 1), (1, 0)], [(1, 1)]), r"have the shape \(2, 2\) of images"),
         (lambda: Action.permuting(cyclic(3), [(0, 1), (1, 0), (0, 1)]), "do not multiply"),
     ],

@@ -69,9 +69,9 @@ def test_arithmetic() -> None:
 def test_is_an_immutable_value() -> None:
     rep = Rep(group("D4"), (1, 2, 3, 4, 5))
     with pytest.raises(AttributeError, match="immutable"):
-        rep.multiplicities = (0, 0, 0, 0, 0)  # type: ignore[misc]
+        rep.multiplicities = (0, 0, 0, 0, 0)
     with pytest.raises(AttributeError):
-        rep.other = 1  # type: ignore[attr-defined]
+        rep.other = 1
     same = Rep(group("D4"), [1, 2, 3, 4, 5])
     assert rep == same and hash(rep) == hash(same) and len({rep, same}) == 1
     assert rep != Rep(group("D4"), (1, 2, 3, 4, 6))

@@ -208,7 +208,7 @@ def test_a_norm_and_its_gradients(name: str, affine: bool, weighting: norms.Weig
     tolerance = 1e-5
     assert relative_error(y, expected) < tolerance
     loss = (y * carried).sum() + (along * carried).sum()
-    exact_loss = (expected * carried).sum() + (exact[0] * carried).sum()  # type: ignore[operator]
+    exact_loss = (expected * carried).sum() + (exact[0] * carried).sum()
     found = torch.autograd.grad(loss, [t for t in given if t is not None])
     others = torch.autograd.grad(exact_loss, [t for t in exact if t is not None])
     for i, (own, other) in enumerate(zip(found, others, strict=True)):
@@ -219,7 +219,7 @@ def block_of(name: str, copies: int = 16, **options: Any) -> Block:
     rep = Rep.regular(group(name), copies)
     heads = rep.group.order if options.get("heads") == "regular" else 2
     block = Block(rep, heads, **{"init_values": 0.5, "mlp_ratio": 2.0, **options})
-    return scramble(block).to(DEVICE)  # type: ignore[return-value]
+    return scramble(block).to(DEVICE)
 
 
 def with_gradients(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -316,7 +316,7 @@ def test_stochastic_depth() -> None:
 def test_a_branch_alone() -> None:
     """Without a norm in front, without the sum, and with a mask."""
     block = block_of("D4")
-    block.norm2 = nn.Identity()
+    block.norm2 = nn.Identity()  # type: ignore[assignment]
     x = torch.randn(1, 4, block.rep.dim, device=DEVICE)
     mask = torch.randn(4, 4, device=DEVICE)
     with kernels.reference():

@@ -61,10 +61,10 @@ def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -
 def block_of(name: str, copies: int = 4, dtype: torch.dtype = torch.float64, **options: Any) -> Block:
     rep = Rep.regular(group(name), copies)
     heads = 2 * rep.group.order if options.get("heads") == "regular" else 2
-    return scramble(Block(rep, heads, **{"init_values": 0.5, **options}, dtype=dtype))  # type: ignore[return-value]
+    return scramble(Block(rep, heads, **{"init_values": 0.5, **options}, dtype=dtype))
 
 
-def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def compiled(module: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(module, backend="eager", fullgraph=True)
 

@@ -39,7 +39,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def block_of(name: str = "C2", **options: Any) -> Block:
     rep = Rep.regular(group(name), 4)
-    return scramble(Block(rep, 2, init_values=0.5, **options, dtype=torch.float64))  # type: ignore[return-value]
+    return scramble(Block(rep, 2, init_values=0.5, **options, dtype=torch.float64))
 
 
 def features(block: Block) -> Tensor:
@@ -182,7 +182,7 @@ def test_parametrised_and_wrapped_blocks(name: str, taken: list[str]) -> None:
     x = features(block_of())
     expected = block_of(qkv_bias=False, proj_bias=False)
     with torch.no_grad():
-        expected.get_submodule(name).weight.mul_(2.0)  # type: ignore[union-attr, operator]
+        expected.get_submodule(name).weight.mul_(2.0)  # type: ignore[operator]
     parametrised, wrapped = (block_of(qkv_bias=False, proj_bias=False) for _ in range(2))
     parametrize.register_parametrization(parametrised.get_submodule(name), "weight", Doubled())
     parent, _, child = name.rpartition(".")
@@ -217,7 +217,7 @@ def test_replaced_modules_are_called(name: str, taken: list[str]) -> None:
 
 def test_replaced_forward_is_called(taken: list[str]) -> None:
     block = block_of()
-    block.mlp.act.forward = lambda x: torch.zeros_like(x)  # type: ignore[method-assign]
+    block.mlp.act.forward = lambda x: torch.zeros_like(x)
     x = features(block)
     with kernels.reference():
         expected = block(x)
@@ -270,7 +270,7 @@ def test_subclasses_that_override_forward_are_called(taken: list[str]) -> None:
 
     block = block_of()
     plain = block.mlp
-    block.mlp = scramble(Louder(block.rep, 4 * block.rep, dtype=torch.float64))  # type: ignore[assignment]
+    block.mlp = scramble(Louder(block.rep, 4 * block.rep, dtype=torch.float64))
     block.mlp.load_state_dict(plain.state_dict())
     x = features(block)
     found = block(x)

@@ -205,7 +205,7 @@ def test_neighbourhoods_fade_out() -> None:
 
 @pytest.mark.parametrize(("group", "share"), [("rotations", Fraction(1, 9)), ("full", Fraction(1, 18))])
 def test_linear_layers_cost_a_ninth_and_an_eighteenth(group: str, share: Fraction) -> None:
-    model = small_model(group)
+    model: Any = small_model(group)
     width = model.embed_dim
     for block in model.blocks:
         for layer, dense in (
@@ -232,7 +232,7 @@ def test_macs_equal_the_formula(group: str | None, points: int, width: int, neig
         model: Any = PlainPointTransformer(5, **options)
         expected = lifting + points * width**2 + attention + 2 * points * 12 * width**2 + 5 * width
     else:
-        model = PointTransformer(5, group=group, **options)
+        model = PointTransformer(5, **options, group=group)  # type: ignore[arg-type]
         order = ORDERS[group]
         share = {"rotations": Fraction(1, 9), "full": Fraction(1, 18)}[group]
         turned = width * 18

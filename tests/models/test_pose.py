@@ -52,7 +52,7 @@ def test_heatmaps_move_and_joints_change_places(group: str, decoder: str) -> Non
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_small_patch14_224", "beit_base_patch16_224"])
 def test_twins_as_backbones(name: str) -> None:
     side = 14 if "patch14" in name else 16
-    backbone = twin(name, img_size=(4 * side, 3 * side), embed_dim=32, depth=1, num_heads=2, mlp_ratio=2.0)
+    backbone: Any = twin(name, img_size=(4 * side, 3 * side), embed_dim=32, depth=1, num_heads=2, mlp_ratio=2.0)
     model = PoseEstimator(backbone, 17, COCO_FLIP_PAIRS).double()
     assert equiflop.check(model, input_size=(4 * side, 3 * side)).max_error < 1e-12
 
@@ -78,7 +78,8 @@ def test_the_decoder_is_the_one_of_vitpose() -> None:
         nn.ReLU(), nn.UpsamplingBilinear2d(scale_factor=4), nn.Conv2d(16, 17, 3, padding=1, bias=False)
     ).double()
     plain[1] = nn.Upsample(scale_factor=4, mode="bilinear")
-    plain[2].weight = nn.Parameter(model.head[-1].kernel())
+    last: Any = model.head[-1]
+    plain[2].weight = nn.Parameter(last.kernel())
     torch.testing.assert_close(model.forward_head(tokens), plain(copies))
 
 

@@ -26,7 +26,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 ONE_PER_FAMILY = ("flop_resmlp_12_224", "flop_convnext_tiny", "flop_convnext_isotropic_small")
 
 
-def _small(name: str, **kwargs: Any) -> tuple[nn.Module, torch.Tensor]:
+def _small(name: str, **kwargs: Any) -> tuple[Any, torch.Tensor]:
     options, size = SMALL[name]
     return timm.create_model(name, **{**options, **kwargs}), torch.randn(3, 3, *size)
 

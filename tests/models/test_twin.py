@@ -22,7 +22,6 @@ import equiflop
 from equiflop import EquiflopWarning
 from equiflop.image_group import named_image_group
 from equiflop.models import EquivariantVisionTransformer
-from equiflop.models.entry_points import plain_settings
 from equiflop.models.twin import twin
 from oracles import relative_error, scramble
 from plain_weights import TRIVIAL, plain_weights
@@ -114,7 +113,7 @@ def small(name: str, **options: Any) -> Any:
     return scramble(plain.double()).eval()
 
 
-def tiny(**options: Any) -> VisionTransformer:
+def tiny(**options: Any) -> Any:
     """A network of timm's class, made by hand."""
     return scramble(VisionTransformer(**{"img_size": 32, "patch_size": 8, "num_classes": 7, **SMALL, **options})).eval()
 
@@ -126,7 +125,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def assert_same_network(plain: Any, **overrides: Any) -> None:
     """The twin for the group of one element, with the plain network's weights, computes what that computes."""
     plain = plain.double()
-    made = twin(plain, TRIVIAL, **overrides)
+    made: Any = twin(plain, TRIVIAL, **overrides)
     made.load_state_dict(plain_weights(plain, made), strict=True)
     images = torch.randn(2, plain.in_chans, *image_size(plain), dtype=torch.float64)
     with torch.no_grad():
@@ -204,7 +203,7 @@ def test_every_option_is_mirrored(options: dict[str, Any]) -> None:
 def test_fewer_heads_for_keys_and_values() -> None:
     options: dict[str, Any] = {"num_kv_heads": (16, 8), "num_heads": 16, "embed_dim": 128}
     assert_same_network(small("vit_base_patch16_sapiens2", **options))
-    made = twin(small("vit_base_patch16_sapiens2", **options), "octic")
+    made: Any = twin(small("vit_base_patch16_sapiens2", **options), "octic")
     assert equiflop.check(made).max_error < 1e-12
     few = small("vit_base_patch16_sapiens2", num_kv_heads=(16, 4), num_heads=16, embed_dim=128)
     with pytest.raises(ValueError, match=r"num_heads=4 of keys and values of blocks.1.attn is not divisible by"):
@@ -215,7 +214,7 @@ def test_any_image_size() -> None:
     """timm resamples the position embedding in float32, so that only its own grid compares exactly."""
     plain = tiny(dynamic_img_size=True)
     assert_same_network(plain)
-    made = twin(plain, "octic")
+    made: Any = twin(plain, "octic")
     assert made.dynamic_img_size and made(torch.randn(1, 3, 24, 48, dtype=torch.float64)).shape == (1, 7)
     assert equiflop.check(made, input_size=(24, 40)).max_error < 1e-12
 
@@ -224,7 +223,7 @@ def test_any_image_size() -> None:
 @pytest.mark.parametrize("group", ["flop", "octic"])
 def test_twins_are_equivariant_and_cheaper(name: str, group: str) -> None:
     plain = small(name, embed_dim=64, num_heads=4 if group == "flop" else 8, mlp_ratio=4.0)
-    made = twin(plain, group)
+    made: Any = twin(plain, group)
     assert dtype_of(made) == torch.float64 and made.training == plain.training
     size = image_size(plain)
     report = equiflop.check(made, input_size=size)
@@ -252,7 +251,7 @@ def expected_macs(plain: Any, group: str) -> int:
     for path, cost in costs_of_linear_maps(plain, size).items():
         if ".rel_pos." in path or "shared_rel_pos." in path:
             total -= cost * (1 - Fraction(1, order)) if path.endswith("fc2") else 0
-        elif ".attn." in path and getattr(plain.blocks[int(path.split(".")[1])], "window_size", 0):
+        elif ".attn." in path and getattr(plain.blocks[int(path.split(".")[1])], "window_size", None):
             grid, window = plain.patch_embed.grid_size, plain.blocks[int(path.split(".")[1])].window_size
             tokens, padded = (math.prod(n) for n in (grid, (-(-side // window) * window for side in grid)))
             total -= cost * (1 - share * Fraction(tokens + path.endswith("qkv"), padded))
@@ -286,7 +285,7 @@ def costs_of_linear_maps(plain: Any, size: tuple[int, int]) -> dict[str, int]:
 
 def test_a_name_gives_the_twin_of_that_network() -> None:
     with torch.device("meta"):
-        made = twin("vit_small_patch14_reg4_dinov2")
+        made: Any = twin("vit_small_patch14_reg4_dinov2")
     assert type(made) is EquivariantVisionTransformer and made.design == "equivariant"
     assert next(made.parameters()).is_meta and made.training
     assert (made.embed_dim, len(made.blocks), made.blocks[0].attn.num_heads) == (384, 12, 6)
@@ -302,7 +301,7 @@ def test_a_name_gives_the_twin_of_that_network() -> None:
 def test_the_published_names_are_such_twins() -> None:
     """But for the epsilon of the norms, which the published flop networks halve, and the initial layer scale."""
     ours = timm.create_model("flop_deit3_small_patch16_224", device="meta")
-    made = twin("deit3_small_patch16_224", device="meta")
+    made: Any = twin("deit3_small_patch16_224", device="meta")
     assert {key: value.shape for key, value in made.state_dict().items()} == {
         key: value.shape for key, value in ours.state_dict().items()
     }
@@ -310,12 +309,19 @@ def test_the_published_names_are_such_twins() -> None:
 
 
 def test_overrides_replace_what_was_read() -> None:
-    options = {"img_size": 64, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 5, "in_chans": 1}
-    made = twin("vit_base_patch16_clip_quickgelu_224", "octic", invariants="norm", global_pool="avg", **options)
+    options: dict[str, Any] = {
+        "img_size": 64,
+        "embed_dim": 64,
+        "depth": 3,
+        "num_heads": 4,
+        "num_classes": 5,
+        "in_chans": 1,
+    }
+    made: Any = twin("vit_base_patch16_clip_quickgelu_224", "octic", invariants="norm", global_pool="avg", **options)
     assert equiflop.check(made.double()).max_error < 1e-12
     assert made(torch.randn(1, 1, 64, 64, dtype=torch.float64)).shape == (1, 5)
     assert isinstance(made.norm, nn.Identity) and made.fc_norm.eps == 1e-5  # moves with the pooling, as in timm
-    hybrid = twin("vit_base_patch16_clip_224", design="hybrid", equivariant_depth=1, depth=2, device="meta")
+    hybrid: Any = twin("vit_base_patch16_clip_224", design="hybrid", equivariant_depth=1, depth=2, device="meta")
     assert isinstance(hybrid.blocks[1], timm.models.vision_transformer.Block)
     assert {m.eps for m in hybrid.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
     instead = twin("vit_base_patch16_siglip_224", global_pool="avg", device="meta", depth=1)
@@ -336,7 +342,7 @@ def test_overrides_replace_what_was_read() -> None:
 
 
 def test_the_twin_of_a_network_takes_over_what_was_replaced() -> None:
-    made = twin(tiny(), "flop", num_classes=3, img_size=48, global_pool="avg", invariants="norm")
+    made: Any = twin(tiny(), "flop", num_classes=3, img_size=48, global_pool="avg", invariants="norm")
     assert made(torch.randn(2, 3, 48, 48)).shape == (2, 3) and made.global_pool == "avg"
     assert made.head.in_features == 32
 
@@ -352,7 +358,7 @@ def test_what_acts_in_training_is_mirrored() -> None:
         depth=4,
     ).train()
     plain.set_grad_checkpointing()
-    made = twin(plain)
+    made: Any = twin(plain)
     assert made.training and made.grad_checkpointing
     for found, expected in zip(made.blocks, plain.blocks, strict=True):
         assert getattr(found.drop_path1, "drop_prob", 0.0) == getattr(expected.drop_path1, "drop_prob", 0.0)
@@ -366,7 +372,7 @@ def test_what_acts_in_training_is_mirrored() -> None:
 @every_family
 def test_functions_of_timm(name: str) -> None:
     plain = small(name)
-    made = twin(plain, "flop")
+    made: Any = twin(plain, "flop")
     height, width = image_size(plain)
     images = torch.randn(1, 3, height, width, dtype=torch.float64)
     assert len(made.forward_intermediates(images, intermediates_only=True)) == 2
@@ -393,20 +399,21 @@ def test_networks_that_timm_changed_are_read_as_they_are() -> None:
     plain.prune_intermediate_layers([0], prune_head=False)
     plain.requires_grad_(False)
     assert_same_network(plain)
-    made = twin(plain)
+    made: Any = twin(plain)
     assert made.patch_embed.grid_size == (5, 3) and made.num_classes == 3 and len(made.blocks) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtype_follows_the_network(dtype: torch.dtype) -> None:
-    made = twin(tiny().to(dtype))
+    made: Any = twin(tiny().to(dtype))
     assert {parameter.dtype for parameter in made.parameters()} == {dtype}
     assert made(torch.randn(1, 3, 32, 32, dtype=dtype)).dtype == dtype
 
 
 def test_compiled_networks_are_read_like_others() -> None:
     plain = tiny()
-    assert repr(twin(torch.compile(plain))) == repr(twin(plain))
+    compiled: Any = torch.compile(plain)
+    assert repr(twin(compiled)) == repr(twin(plain))
 
 
 def test_the_network_itself_is_left_as_it_is() -> None:
@@ -444,7 +451,7 @@ def test_unknown_models() -> None:
     with pytest.raises(ValueError, match=r"Invalid pretrained tag \(nope\)"):
         twin("vit_base_patch16_224.nope")
     with pytest.raises(TypeError, match="model=3 is neither a name"):
-        twin(3)
+        twin(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="class is Linear; supported are"):
         twin(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="group='flap' is unknown"):
@@ -618,7 +625,7 @@ def test_networks_changed_by_hand_have_the_twin_of_what_they_are(change: Callabl
     plain = copy.deepcopy(tiny())
     change(plain)
     assert_same_network(scramble(plain))
-    made = twin(plain)
+    made: Any = twin(plain)
     assert made.blocks[1].mlp.drop2.p == plain.blocks[1].mlp.drop2.p
 
 
@@ -632,7 +639,7 @@ def test_all_names_of_timm(group: str) -> None:
     for name in names:
         options: dict[str, Any] = {} if "sapiens2" in name else {"depth": 2}  # those have one entry per block
         try:
-            made = twin(name, group, device="meta", **options)
+            made: Any = twin(name, group, device="meta", **options)
         except ValueError as error:
             refusals[name] = str(error)
             continue
@@ -667,14 +674,15 @@ def test_weights_that_are_left_behind_are_named() -> None:
     ("plain", "own"), [("convnext_tiny", "flop_convnext_tiny"), ("resmlp_12_224", "flop_resmlp_12_224")]
 )
 def test_names_of_other_families_give_the_registered_networks(plain: str, own: str) -> None:
-    options = {"device": "meta", "num_classes": 10}
+    options: dict[str, Any] = {"device": "meta", "num_classes": 10}
     made, expected = twin(plain, **options), timm.create_model(own, **options)
     assert type(made) is type(expected) and made.group == expected.group
     assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
     with pytest.warns(EquiflopWarning, match=f"those of '{plain}.fb_in1k'"):
         assert type(twin(f"{plain}.fb_in1k", **options)) is type(expected)
     settings = {"group": "updown", "drop_rate": 0.1, "norm_eps": 1e-5, "matched_bias": True}
-    assert plain_settings(f"twin:{plain}.fb_in1k", settings) == plain_settings(own, settings)
+    tagged = f"{plain}.fb_in1k"
+    assert equiflop.plain_twin(f"twin:{tagged}", settings) == (tagged, equiflop.plain_twin(own, settings)[1])
     assert twin(plain, "updown", **options).group == named_image_group("updown")
     with pytest.raises(ValueError, match="heads='coupled' is for vision transformers"):
         twin(plain, heads="coupled", **options)

@@ -153,13 +153,14 @@ def fill(made: Any, plain: Any, group: ImageGroup) -> None:
         elif isinstance(module, enn.LinearToSeveral | enn.LinearFromSeveral):
             weight, bias = left.pop(f"{at}weight"), left.pop(f"{at}bias", None)
             into = isinstance(module, enn.LinearToSeveral)
+            maps: list[Any] = list(module.parts)
             if into:
-                widths = [p.out_order.sections * p.out_rep.dim // group.order for p in module.parts]
+                widths = [p.out_order.sections * p.out_rep.dim // group.order for p in maps]
             else:
-                widths = [p.in_rep.dim // group.order for p in module.parts]
+                widths = [p.in_rep.dim // group.order for p in maps]
             weights = weight.split(widths, dim=0 if into else 1)
             biases = [None] * len(widths) if bias is None else bias.split(widths) if into else (bias, None)
-            for part, one_weight, one_bias in zip(module.parts, weights, biases, strict=True):
+            for part, one_weight, one_bias in zip(maps, weights, biases, strict=True):
                 copies.fill_linear(part, one_weight, one_bias)
         elif isinstance(module, enn.Linear):
             if f"{at}weight" in left:
@@ -168,7 +169,7 @@ def fill(made: Any, plain: Any, group: ImageGroup) -> None:
         elif isinstance(module, enn.PositionEmbedding):
             value = left.pop("pos_embed" if path == "patch_embed.positions" else path).flatten(1, -2)[0]
             prefix = 0 if module.prefix is None else len(module.prefix)
-            if prefix:
+            if module.prefix is not None:
                 module.prefix.copy_(group.order**0.5 * value[:prefix])
             image = value[prefix:].T.unflatten(1, module.grid_size)
             seen = torch.stack([group.act_on_image(g, image).flatten(1).T for g in range(group.order)], dim=1)
@@ -200,7 +201,7 @@ def test_copies_of_a_plain_network_see_the_image_from_every_side(name: str, grou
     moves = named_image_group(group)
     plain = plain_network(name, 1)
     shrink(plain)
-    made = twin(plain_network(name, moves.order), group)
+    made: Any = twin(plain_network(name, moves.order), group)
     fill(made, plain, moves)
     side = 14 if "patch14" in name else 16
     images = torch.randn(2, 3, 3 * side, 3 * side, dtype=torch.float64)

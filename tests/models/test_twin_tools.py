@@ -241,7 +241,8 @@ def test_gates_start_as_in_timm(name: str, group: str) -> None:
     options: dict[str, Any] = {"img_size": 42, "embed_dim": 64, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0}
     x = torch.randn(5, 64)
     gates = []
-    for network in (timm.create_model(name, **options), twin(name, group, **options)):
+    networks: list[Any] = [timm.create_model(name, **options), twin(name, group, **options)]
+    for network in networks:
         mlp = network.blocks[0].mlp
         gate = mlp.fc1_g(x) if hasattr(mlp, "fc1_g") else mlp.fc1(x).chunk(2, dim=-1)[1]
         gates.append((gate.mean().item(), gate.std().item()))

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from equiflop import Rep
 from equiflop.groups import flop, fourier_plan
 from equiflop.nn import FourierActivation
 from oracles import LAYER_GROUPS, group, tensor_action, to_spatial
 
-ACTIVATIONS = {"gelu": torch.nn.GELU(), "relu": torch.relu, "square": torch.square, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.nn.GELU(),
+    "relu": torch.relu,
+    "square": torch.square,
+    "tanh": torch.tanh,
+}
 
 
 @given(

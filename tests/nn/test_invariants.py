@@ -151,9 +151,9 @@ def test_copies_do_not_mix() -> None:
     x = torch.randn(4, rep.dim, dtype=torch.float64)
     rows = rows_and_copies(rep, x)
     for kind in ("power_spectrum", "polynomial"):
-        together = Invariants(rep, kind, dtype=torch.float64)(x).unflatten(-1, (-1, 3))  # type: ignore[arg-type]
+        together = Invariants(rep, kind, dtype=torch.float64)(x).unflatten(-1, (-1, 3))
         for copy in range(3):
-            alone = Invariants(single, kind, dtype=torch.float64)(rows[..., copy])  # type: ignore[arg-type]
+            alone = Invariants(single, kind, dtype=torch.float64)(rows[..., copy])
             assert (together[..., copy] - alone).abs().max() < 1e-12
 
 
@@ -174,6 +174,6 @@ def test_errors() -> None:
         Invariants(Rep.regular(flop(), 2), "max")  # type: ignore[arg-type]
     for kind in ("power_spectrum", "polynomial"):
         with pytest.raises(ValueError, match=r"needs a multiple of the regular representation, not .*; use 'norm'"):
-            Invariants(Rep(flop(), (2, 3)), kind)  # type: ignore[arg-type]
+            Invariants(Rep(flop(), (2, 3)), kind)
     with pytest.raises(ValueError, match="group O has order 24"):
         Invariants(Rep.regular(octahedral(), 1), "polynomial")

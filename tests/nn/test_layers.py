@@ -39,7 +39,7 @@ def channel_case(layer: str, name: str) -> Case:
     wide = Rep.regular(g, 6)
 
     def build(dtype: torch.dtype | None) -> nn.Module:
-        return {
+        layers: dict[str, Callable[[], nn.Module]] = {
             "Linear": lambda: enn.Linear(rep, wide, dtype=dtype),
             "LayerNorm": lambda: enn.LayerNorm(rep, dtype=dtype),
             "LayerScale": lambda: enn.LayerScale(rep, dtype=dtype),
@@ -49,7 +49,8 @@ def channel_case(layer: str, name: str) -> Case:
             "Block": lambda: enn.Block(rep, 2, init_values=0.1, dtype=dtype),
             "Dropout": lambda: enn.Dropout(rep, 0.5),
             "Invariants": lambda: enn.Invariants(rep, "norm"),
-        }[layer]()
+        }
+        return layers[layer]()
 
     def act(rep: Rep) -> Callable[[int, Tensor], Tensor]:
         return lambda a, x: x @ tensor_action(rep, a).to(x.dtype).T

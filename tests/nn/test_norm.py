@@ -33,6 +33,7 @@ def test_norm_is_the_formula_and_commutes(data: st.DataObject, eps: float, affin
     weight = layer.weight if affine else torch.ones(sum(rep.multiplicities), dtype=torch.float64)
     assert (layer.bias is not None) is (affine and bias and rep.multiplicities[0] > 0)
     found = layer(x).detach()
+    assert weight is not None
     expected = dense_norm(x, rep, eps, weight, layer.bias).detach()
     assert (found - expected).abs().max() < 1e-12 * max(1.0, float(expected.abs().max()))
     for a in range(rep.group.order):
@@ -66,6 +67,7 @@ def test_published_mirror_norm(half: int) -> None:
     s, a = x[..., :half], x[..., half:]
     s, a = s - s.mean(-1, keepdim=True), a - a.mean(-1, keepdim=True)
     sigma = math.sqrt(0.5) * torch.sqrt(s.var(-1, False, keepdim=True) + a.var(-1, False, keepdim=True) + eps)
+    assert layer.weight is not None and layer.bias is not None
     expected = torch.cat([s / sigma, a / sigma], -1) * layer.weight
     expected[..., :half] += layer.bias
     assert (layer(x) - expected).abs().max() < 1e-12
@@ -80,8 +82,10 @@ def test_published_octic_norm(c: int) -> None:
     ones = [x[..., i * c : (i + 1) * c] for i in range(4)]
     rows = [x[..., 4 * c : 6 * c], x[..., 6 * c :]]
     ones, rows = ([part - part.mean(-1, keepdim=True) for part in parts] for parts in (ones, rows))
-    total = sum(part.var(-1, False, keepdim=True) for part in ones)
-    total = total + 0.5 * sum(row.var(-1, False, keepdim=True) for row in rows)
+    squares = [part.var(-1, False, keepdim=True) for part in ones]
+    squares += [0.5 * row.var(-1, False, keepdim=True) for row in rows]
+    total = torch.stack(squares).sum(0)
+    assert layer.weight is not None and layer.bias is not None
     sigma = math.sqrt(2.0) / 4.0 * torch.sqrt(total + eps)
     scale = torch.cat([layer.weight[: 4 * c], layer.weight[4 * c :], layer.weight[4 * c :]])
     expected = torch.cat([*ones, *rows], -1) / sigma * scale

@@ -94,7 +94,7 @@ def kernel_of(layer: PatchEmbed) -> Tensor:
 def make(name: str, patch: tuple[int, int], copies: int = 2, chans: int = 2, **options: object) -> PatchEmbed:
     g = image_group(name)
     options = {"img_size": patch, "strict_img_size": False, "dtype": torch.float64, **options}
-    return scramble(PatchEmbed(Rep.regular(g, copies), g, patch_size=patch, in_chans=chans, **options))  # type: ignore[arg-type,return-value]
+    return scramble(PatchEmbed(Rep.regular(g, copies), g, patch_size=patch, in_chans=chans, **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore::equiflop.EquiflopWarning")
@@ -118,6 +118,7 @@ def test_patch_embed_is_a_convolution_with_an_invariant_kernel(
         assert np.abs(moved - kernel.numpy()).max() < 1e-12
     images = torch.randn(2, chans, grid[0] * patch[0], grid[1] * patch[1], dtype=torch.float64)
     bias = torch.zeros(rep.dim, dtype=torch.float64)
+    assert layer.proj.bias is not None
     bias[: rep.multiplicities[0]] = layer.proj.bias
     expected = F.conv2d(images, kernel, bias, stride=patch).flatten(2).mT
     found = layer(images).detach()

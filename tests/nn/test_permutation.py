@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def index_permutation(n: int, order: int, images: tuple[int, ...]) -> np.ndarray
     """The matrix of a permutation on tensors with ``order`` axes of nodes."""
     single = np.zeros((n, n))
     single[list(images), range(n)] = 1.0
-    matrix = np.eye(1)
+    matrix: np.ndarray = np.eye(1)
     for _ in range(order):
         matrix = np.kron(matrix, single)
     return matrix
@@ -156,10 +157,10 @@ def dense_graph_linear(layer: GraphLinear, x: Tensor, e: Tensor) -> tuple[Tensor
     n = x.shape[0]
     p, q, r = layer.in_nodes, layer.out_nodes, layer.out_edges
     assert layer.bias is not None
-    row = [sum(e[i, j] for j in range(n)) / n for i in range(n)]
-    column = [sum(e[j, i] for j in range(n)) / n for i in range(n)]
+    row = [torch.stack([e[i, j] for j in range(n)]).sum(0) / n for i in range(n)]
+    column = [torch.stack([e[j, i] for j in range(n)]).sum(0) / n for i in range(n)]
     per_node = [torch.cat([x[i], e[i, i], row[i], column[i]]) for i in range(n)]
-    average = torch.cat([x.mean(0), e.mean((0, 1)), sum(e[i, i] for i in range(n)) / n])
+    average = torch.cat([x.mean(0), e.mean((0, 1)), torch.stack([e[i, i] for i in range(n)]).sum(0) / n])
     assert average.shape == (p + 2 * layer.in_edges,)
     nodes = torch.zeros(n, q, dtype=x.dtype)
     edges = torch.zeros(n, n, r, dtype=x.dtype)
@@ -352,7 +353,7 @@ def test_repr_shows_the_terms() -> None:
 @pytest.mark.parametrize(
     "make", [lambda: SetNetwork(3, 5, width=8), lambda: GraphNetwork(2, 3, 5), lambda: GraphNetwork(0, 1, 5)]
 )
-def test_check_of_the_networks(make: Callable[[], nn.Module]) -> None:
+def test_check_of_the_networks(make: Callable[[], Any]) -> None:
     network = make()
     report = equiflop.check(network)
     assert report.passed and len(report.errors) == 24, str(report)

@@ -63,6 +63,7 @@ def test_every_equivariant_kernel_is_there(name: str, kernel_size: int) -> None:
 def test_it_is_a_plain_convolution_with_its_kernel() -> None:
     made = conv("octic", 3)
     x = torch.randn(1, 32, 6, 6, dtype=torch.float64)
+    assert made.bias is not None
     bias = made.bias[made.bias_index].flatten()
     naive = torch.zeros(1, 6, 6, 6, dtype=torch.float64)
     padded = F.pad(x, (1, 1, 1, 1))

@@ -18,7 +18,7 @@ from equiflop.benchmark.timing import Spread, time_in_turns
 from equiflop.classify.evaluation import MirrorAveraged
 from equiflop.classify.model_spec import check_takes, create_model, input_keywords
 from equiflop.inference import optimize_for_inference
-from equiflop.models.entry_points import TWIN, plain_settings
+from equiflop.models.entry_points import TWIN
 from equiflop.runtime.progress import Progress
 
 Mode = Literal["eager", "compile", "reduce-overhead", "max-autotune", "optimized"]
@@ -178,8 +178,7 @@ def _networks(name: str, config: BenchConfig, device: torch.device) -> list[_Net
     """The network, its plain twin, and the twin once more for both mirrored views."""
     wanted: list[tuple[str, dict[str, Any], int]] = [(name, dict(config.settings), 1)]
     if name in equiflop.equivariant_models() or name.startswith(TWIN):
-        twin, overrides = equiflop.plain_twin(name)
-        settings = overrides | plain_settings(name, config.settings)
+        twin, settings = equiflop.plain_twin(name, config.settings)
         wanted.append((twin, settings, 1))
         if config.mirrored:
             wanted.append((twin, settings, 2))

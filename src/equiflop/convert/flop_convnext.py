@@ -9,7 +9,7 @@ import torch
 
 from equiflop.convert.flop_parts import FlopMapping
 from equiflop.models import EquivariantConvNeXt, EquivariantIsotropicConvNeXt
-from equiflop.models.equivariant_convnext import EquivariantConvNeXtBlock
+from equiflop.models.convnext_layers import EquivariantConvNeXtBlock
 from equiflop.nn import DepthwiseConv, Downsample
 
 

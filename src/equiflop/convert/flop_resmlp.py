@@ -12,7 +12,7 @@ import torch
 
 from equiflop.convert.flop_parts import PARTS, FlopMapping
 from equiflop.models import EquivariantResMLP
-from equiflop.models.equivariant_resmlp import ChannelMlp, EquivariantResBlock
+from equiflop.models.resmlp_layers import ChannelMlp, EquivariantResBlock
 
 
 def map_flop_resmlp(mapping: FlopMapping, model: EquivariantResMLP) -> None:

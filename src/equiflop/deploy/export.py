@@ -17,7 +17,7 @@ from equiflop.deploy.proof import Proof
 from equiflop.deploy.subject import Subject
 from equiflop.deploy.targets import Settings, Target, quiet, target_of
 from equiflop.files import workshop
-from equiflop.models.entry_points import plain_settings, plain_twin
+from equiflop.models.entry_points import plain_twin
 from equiflop.warnings import EquiflopWarning
 
 #: Images by which the ranges of int8 are found; fewer draw a warning.
@@ -167,10 +167,9 @@ def _plain_of(subject: Subject) -> Subject:
     if subject.group is None:
         raise ValueError(f"compare=True: {subject.name} is a plain network itself")
     try:
-        name, overrides = plain_twin(subject.name)
+        name, keywords = plain_twin(subject.name, subject.keywords)
     except ValueError as error:
         raise ValueError(f"compare=True: {error}") from error
-    keywords = overrides | plain_settings(subject.name, subject.keywords)
     for source in ("pretrained", "checkpoint_path"):
         keywords.pop(source, None)
     channels, *size = subject.input_size

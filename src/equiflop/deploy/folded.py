@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from equiflop.kernels import layout_of
 from equiflop.kernels.branch import Mlp as MlpParts
 from equiflop.kernels.layout import per_channel
-from equiflop.models.equivariant_convnext import EquivariantConvNeXtBlock
-from equiflop.models.equivariant_resmlp import ChannelMlp, MatchedBias
+from equiflop.models.convnext_layers import EquivariantConvNeXtBlock
+from equiflop.models.resmlp_layers import ChannelMlp, MatchedBias
 from equiflop.nn import PatchEmbed, PositionEmbedding
 from equiflop.nn.checks import check_images
 from equiflop.nn.residual import Branch, residual_branches

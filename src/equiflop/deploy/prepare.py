@@ -33,10 +33,10 @@ from equiflop.groups import Rep
 from equiflop.inference import fold_constants, holds_its_weights
 from equiflop.kernels import join, layout_of, split
 from equiflop.kernels.norm import entry_weights
+from equiflop.models.convnext_layers import EquivariantConvNeXtBlock, EquivariantStem
 from equiflop.models.dense import DenseModel
-from equiflop.models.equivariant_convnext import EquivariantConvNeXtBlock, EquivariantStem
-from equiflop.models.equivariant_resmlp import ChannelMlp, EquivariantResBlock
 from equiflop.models.equivariant_transformer import TOKENS, EquivariantTransformer
+from equiflop.models.resmlp_layers import ChannelMlp, EquivariantResBlock
 from equiflop.models.tied import become
 from equiflop.nn import Block, LayerNorm, LayerScale, PatchEmbed, PositionEmbedding, TokenMixing
 from equiflop.nn.depthwise import DepthwiseConv

@@ -14,7 +14,6 @@ import equiflop
 from equiflop.classify.config import TrainConfig
 from equiflop.classify.model_spec import create_model
 from equiflop.classify.weights import TrainedModel
-from equiflop.models.entry_points import plain_settings
 
 #: Settings of a training that the card leaves out: they name a place, or do not change the result.
 _UNTOLD = {
@@ -211,8 +210,8 @@ def data_name(data: str) -> str:
 def _plain_twin(trained: TrainedModel) -> tuple[str, int, int] | None:
     """Name, parameters and MACs of the plain twin, made on the meta device; None if timm cannot make it."""
     spec = trained.spec
-    name, overrides = equiflop.plain_twin(spec.name)
-    keywords = {**overrides, **plain_settings(spec.name, spec.kwargs), "num_classes": len(spec.classes)}
+    name, keywords = equiflop.plain_twin(spec.name, spec.kwargs)
+    keywords["num_classes"] = len(spec.classes)
     try:
         with torch.device("meta"):
             plain = create_model(name, keywords)

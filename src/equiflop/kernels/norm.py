@@ -126,7 +126,7 @@ def affine_on_lanes(
 def affine(x: Tensor, layout: Layout, parts: Affine) -> Tensor:
     """Factors and bias on a whole feature ``(..., dim)``."""
     y = x * per_channel(parts.weight, layout)
-    return y if parts.bias is None else y + F.pad(parts.bias, (0, layout.dim - len(parts.bias)))
+    return y if parts.bias is None else y + F.pad(parts.bias, (0, layout.dim - parts.bias.shape[0]))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -176,29 +176,32 @@ _PLAIN_MODELS: dict[str, _Row] = {
 }
 
 
-def plain_twin(name: str) -> tuple[str, dict[str, Any]]:
+def plain_twin(name: str, settings: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
     """The plain network that an equivariant one is compared with.
 
     Args:
         name: name of an equivariant model, or ``"twin:"`` and a name of timm.
+        settings: keywords of the equivariant model; the plain twin gets those that it has as well.
 
     Returns:
-        timm's name of the plain twin (of the registered networks, where timm has none) and the keywords that differ
-        from its defaults.
+        timm's name of the plain twin (of the registered networks, where timm has none) and its keywords: those that
+        make it differ from timm's defaults, and ``settings``.
 
     Raises:
         ValueError: if the name is none of an equivariant model.
 
     >>> plain_twin("flop_resmlp_big_24_224")
     ('resmlp_big_24_patch16_224', {})
+    >>> plain_twin("flop_convnext_tiny", {"group": "updown", "drop_rate": 0.1})
+    ('convnext_tiny', {'drop_rate': 0.1})
     """
     if name.startswith(TWIN):
-        return name.removeprefix(TWIN), {}
+        return name.removeprefix(TWIN), _plain_settings(name, settings or {})
     if name not in _PLAIN_TWINS:
         close = difflib.get_close_matches(name, _PLAIN_TWINS, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; 'equiflop models' lists them"
         raise ValueError(f"name={name!r} is not an equivariant model{hint}")
-    return _PLAIN_TWINS[name], {}
+    return _PLAIN_TWINS[name], _plain_settings(name, settings or {})
 
 
 def equivariant_models() -> list[str]:
@@ -230,7 +233,7 @@ def own_keywords(equivariant: type[nn.Module], plain: type[nn.Module]) -> frozen
     return frozenset(ours - theirs)
 
 
-def plain_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of an equivariant model that hold for its plain twin as well."""
     name = registered_twin(name.removeprefix(TWIN)) or name
     equivariant = (_E_VIT if name.startswith(TWIN) else _MODELS[name].family).model_class

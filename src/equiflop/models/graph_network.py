@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from equiflop.groups import Action, symmetric
+from equiflop.models.sizes import check_sizes
 from equiflop.nn.permutation import GraphInvariants, GraphLinear, SetLinear
 
 #: Nodes of the sets and graphs on which :func:`equiflop.check` tries all permutations.
@@ -89,7 +90,7 @@ class SetNetwork(_NodeNetwork):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(depth, {"width": width, "num_classes": num_classes})
+        check_sizes(depth, {"width": width, "num_classes": num_classes})
         self.in_nodes = in_channels
         self.embed = SetLinear(in_channels, width, device=device, dtype=dtype)
         self.norms = nn.ModuleList(nn.LayerNorm(width, device=device, dtype=dtype) for _ in range(depth))
@@ -188,7 +189,7 @@ class GraphNetwork(_NodeNetwork):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(depth, {"node_width": node_width, "edge_width": edge_width, "num_classes": num_classes})
+        check_sizes(depth, {"node_width": node_width, "edge_width": edge_width, "num_classes": num_classes})
         self.in_nodes, self.in_edges = in_nodes, in_edges
         self.embed = GraphLinear(in_nodes, in_edges, node_width, edge_width, device=device, dtype=dtype)
         self.act = nn.GELU()
@@ -223,11 +224,3 @@ class GraphNetwork(_NodeNetwork):
         for block in self.blocks:
             nodes, edges = block(nodes, edges, mask)
         return self.head(self.act(self.fc(self.norm(self.pool(nodes, edges, mask)))))
-
-
-def _check_sizes(depth: int, widths: dict[str, int]) -> None:
-    if depth < 0:
-        raise ValueError(f"depth={depth} is negative; it is the number of blocks")
-    for argument, width in widths.items():
-        if width < 1:
-            raise ValueError(f"{argument}={width} is not positive; it must be at least 1")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from equiflop.groups import FiniteGroup, cyclic
+from equiflop.models.sizes import check_sizes
 from equiflop.nn.circulant import CirculantLinear
 
 
@@ -85,16 +87,12 @@ class SignalNetwork(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if depth < 0 or min(width, num_classes) < 1:
-            raise ValueError(
-                f"depth={depth}, width={width}, num_classes={num_classes}: depth must be at least 0, the others 1"
-            )
-        self.embed = CirculantLinear(n, in_channels, width, device=device, dtype=dtype)
-        self.blocks = nn.ModuleList(
-            SignalBlock(n, width, dropout=dropout, device=device, dtype=dtype) for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
-        self.head = nn.Linear(width, num_classes, device=device, dtype=dtype)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_sizes(depth, {"width": width, "num_classes": num_classes})
+        self.embed = CirculantLinear(n, in_channels, width, **dd)
+        self.blocks = nn.ModuleList(SignalBlock(n, width, dropout=dropout, **dd) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, **dd)
+        self.head = nn.Linear(width, num_classes, **dd)
 
     @property
     def group(self) -> FiniteGroup:

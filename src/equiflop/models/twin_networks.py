@@ -19,7 +19,7 @@ from equiflop.groups import Rep
 from equiflop.models.classifier import replace_classifier
 from equiflop.models.equivariant_transformer import EquivariantTransformer, check_pooling
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer
-from equiflop.models.substitution import Substitution
+from equiflop.models.substitution import Substitution, naflex_embeds, position_bias, rotary, sam_neck
 from equiflop.models.tied import become, invariant_channels, made_by, tied
 from equiflop.models.twin_layers import PatchEmbedWithPositions
 from equiflop.nn import PatchEmbed
@@ -79,7 +79,7 @@ class EquivariantEva(EquivariantTransformer, Eva):
     def substitute(self, parts: Substitution) -> None:
         super().substitute(parts)
         if self.rope is not None:
-            self.rope = parts.rotary(self.rope, "rope", self.blocks[0].attn.num_heads, self.patch_embed.grid_size)
+            self.rope = rotary(parts, self.rope, "rope", self.blocks[0].attn.num_heads, self.patch_embed.grid_size)
 
     def _set_grid(self, grid: tuple[int, int]) -> None:
         if self.rope is not None:
@@ -110,7 +110,7 @@ class EquivariantBeit(EquivariantTransformer, Beit):
 
     def substitute(self, parts: Substitution) -> None:
         if self.rel_pos_bias is not None:
-            self.rel_pos_bias = parts.position_bias(self.rel_pos_bias, "rel_pos_bias", 1)
+            self.rel_pos_bias = position_bias(parts, self.rel_pos_bias, "rel_pos_bias", 1)
         super().substitute(parts)
 
     pool = pool_tokens
@@ -132,7 +132,7 @@ class EquivariantVisionTransformerRelPos(EquivariantTransformer, VisionTransform
     def substitute(self, parts: Substitution) -> None:
         if self.shared_rel_pos is not None:
             prefix = self.num_prefix_tokens
-            self.shared_rel_pos = parts.position_bias(self.shared_rel_pos, "shared_rel_pos", prefix)
+            self.shared_rel_pos = position_bias(parts, self.shared_rel_pos, "shared_rel_pos", prefix)
         super().substitute(parts)
 
     def _set_grid(self, grid: tuple[int, int]) -> None:
@@ -156,10 +156,10 @@ class EquivariantNaFlexVit(EquivariantTransformer, NaFlexVit):
             raise ValueError("rotary position embedding with dropped patches (patch_drop_rate) is not supported")
 
     def substitute(self, parts: Substitution) -> None:
-        self.embeds = parts.naflex_embeds(self.embeds, "embeds", self.embeds.in_chans)
+        self.embeds = naflex_embeds(parts, self.embeds, "embeds", self.embeds.in_chans)
         super().substitute(parts)
         if self.rope is not None:
-            self.rope = parts.rotary(self.rope, "rope", self.blocks[0].attn.num_heads, None)
+            self.rope = rotary(parts, self.rope, "rope", self.blocks[0].attn.num_heads, None)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         super().init_weights(mode, needs_reset)
@@ -209,7 +209,7 @@ class EquivariantVisionTransformerSAM(EquivariantTransformer, VisionTransformerS
             become(self.patch_embed, PatchEmbedWithPositions)
             self.patch_embed.positions = parts.field((field.shape[1], field.shape[2]), 0)
         if not isinstance(self.neck, nn.Identity):
-            self.neck = parts.sam_neck(self.neck, "neck")
+            self.neck = sam_neck(parts, self.neck, "neck")
 
     @property
     def head_rep(self) -> Rep:

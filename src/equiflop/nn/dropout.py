@@ -35,7 +35,6 @@ class Dropout(nn.Module):
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"p={p} is not a probability; dropout needs 0 <= p <= 1")
         self.rep = rep
-        self._layout = layout_of(rep)
         self.p = p
         self.order = order
         self._layout = layout_of(rep)

@@ -57,7 +57,6 @@ class Invariants(FixedTensors):
         if kind not in get_args(InvariantKind):
             raise ValueError(f"invariants={kind!r} is unknown; choose from {', '.join(get_args(InvariantKind))}")
         self.rep = rep
-        self._layout = layout_of(rep)
         self.kind = kind
         self._layout = layout_of(rep)
         copies = rep.regular_copies

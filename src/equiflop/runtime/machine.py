@@ -12,12 +12,11 @@ import timm
 import torch
 
 
-def describe_machine(device: torch.device | None = None, program: str = "equiflop") -> dict[str, Any]:
+def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
     """Hardware, versions and command, as plain values for JSON.
 
     Args:
         device: where it ran; a GPU is named.
-        program: what stands before the arguments in the command, such as ``"python examples/pose.py"``.
     """
     import equiflop
 
@@ -38,8 +37,14 @@ def describe_machine(device: torch.device | None = None, program: str = "equiflo
             "equiflop": equiflop.__version__,
             "system": platform.platform(),
         },
-        "command": " ".join([program, *sys.argv[1:]]),
+        "command": " ".join([program(sys.argv[0]), *sys.argv[1:]]),
     }
+
+
+def program(started: str) -> str:
+    """How a program is called that was started as this: a script by Python, else the command line."""
+    path = Path(started)
+    return f"python {started}" if path.suffix == ".py" and path.name != "__main__.py" else "equiflop"
 
 
 def processor_name() -> str:

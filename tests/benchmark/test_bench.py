@@ -101,6 +101,7 @@ def test_entries_say_what_was_measured() -> None:
         if entry.name == names[1]:
             assert entry.speedup == Spread(1.0, 1.0, 1.0)
     forward, train = entries[1], entries[7]
+    assert train.peak_bytes is not None and forward.peak_bytes is not None
     assert train.peak_bytes > forward.peak_bytes  # activations and gradients
 
 

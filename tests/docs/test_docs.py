@@ -19,8 +19,8 @@ import pytest
 
 from equiflop.cli.main import COMMANDS, main
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 #: Blocks of Python that no test here runs, each with its reason in a comment above it.
 NOT_RUN = 2
 

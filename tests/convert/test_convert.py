@@ -1,6 +1,6 @@
 """Official weights: the converted model computes what the official network computes.
 
-Two sources say what that is: recorded inputs and outputs of the official code (``tests/data``), and an implementation
+Two sources say what that is: recorded inputs and outputs of the official code (``goldens/``), and an implementation
 of its published formulas below, as plain functions of an official state dict, for options that the recordings lack.
 """
 
@@ -23,7 +23,7 @@ from equiflop.convert import convert_official
 from oracles import relative_error
 from small_vits import DESIGNS
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "goldens"
 GOLDENS = {"flop_vit": DESIGNS["equivariant"], "flop_vit_hybrid": DESIGNS["hybrid"]}
 KAPPA = math.sqrt(0.5)
 State = dict[str, Tensor]
@@ -259,7 +259,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def case(**options: Any) -> tuple[State, Any, Tensor, Tensor]:
     """An official state dict, a fresh model of ours, images, and the official logits."""
-    options = {"channels": 24, "depth": 2, "heads": 2, "patch": (8, 8), "grid": (4, 4), "chans": 3} | options
+    defaults: dict[str, Any] = {"channels": 24, "depth": 2, "heads": 2, "patch": (8, 8), "grid": (4, 4), "chans": 3}
+    options = defaults | options
     design, heads, norms = options.get("design", "equivariant"), options["heads"], options.get("norms", False)
     state = random_state(**options)
     size = tuple(g * p for g, p in zip(options["grid"], options["patch"], strict=True))

@@ -342,4 +342,5 @@ def test_features_are_measured_and_get_a_classifier_by_training(tmp_path: Path) 
     assert result.exit_code == 0, result.output
     trained = load_model(out)
     assert trained.spec.classes == ("blue", "red")
-    assert torch.equal(trained.model.blocks[0].attn.qkv.A1.weight, model.blocks[0].attn.qkv.A1.weight)
+    weight = "blocks.0.attn.qkv.A1.weight"
+    assert torch.equal(trained.model.get_parameter(weight), model.get_parameter(weight))

@@ -51,7 +51,7 @@ def refused(result: Result, output: Path, *words: str) -> None:
 
 
 def test_every_recording_is_there() -> None:
-    assert set(GOLDENS) == {path.stem for path in (Path(__file__).parent / "data").glob("*.safetensors")}
+    assert set(GOLDENS) == {path.stem for path in (Path(__file__).parent / "goldens").glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("name", GOLDENS)

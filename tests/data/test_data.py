@@ -3,6 +3,7 @@
 import gzip
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ class TestFolder:
 
 
 class TestReadImage:
-    def save(self, image: Image.Image, path: Path, **options: object) -> Path:
+    def save(self, image: Image.Image, path: Path, **options: Any) -> Path:
         image.save(path, **options)
         return path
 

@@ -429,8 +429,9 @@ class TestEvaluation:
         assert evaluate(uninterrupted.model, uninterrupted.data.test, 8, CPU).changed == 0
 
     def test_infinite_logits_are_an_error_and_the_mode_is_restored(self) -> None:
-        model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3))
-        nn.init.constant_(model[1].weight, float("inf"))
+        linear = nn.Linear(8, 3)
+        model = nn.Sequential(nn.Flatten(), linear)
+        nn.init.constant_(linear.weight, float("inf"))
         with pytest.raises(ValueError, match="not finite"):
             evaluate(model, self.split(), 4, CPU)
         assert model.training

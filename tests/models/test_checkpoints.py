@@ -38,7 +38,7 @@ def load(name: str, file: str, how: str, **kwargs: Any) -> Any:
 @pytest.mark.filterwarnings("ignore::equiflop.EquiflopWarning")
 @pytest.mark.parametrize("how", ["pretrained", "checkpoint_path"])
 def test_position_embedding_is_resampled_to_another_image_size(name: str, size: Any, how: str, tmp_path: Path) -> None:
-    options = {"dynamic_img_size": True} if "octic" in name else {}
+    options: dict[str, Any] = {"dynamic_img_size": True} if "octic" in name else {}
     model = small_model(name, **options)
     found = load(name, saved(model, tmp_path), how, img_size=size, **options)
     model.set_input_size(size)

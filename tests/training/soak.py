@@ -1,6 +1,6 @@
 """Kill training again and again, and see that it ends with the same bits.
 
-    python tests/soak.py --kills 30
+    python tests/training/soak.py --kills 30
 
 Trains a small network with SIGKILL at random moments, half of them while a checkpoint is being written, going on after
 each, with one process, with two, and with two that share the parameters out (FSDP2). sha256 of weights, optimiser,

@@ -9,26 +9,26 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import equiflop
 import official_networks as official
 from equiflop.convert import convert_official
 
-GOLDENS = {
+GOLDENS: dict[str, tuple[str, dict[str, Any]]] = {
     "flop_resmlp": ("flop_resmlp_12_224", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_blocks": 2}),
     "flop_convnext": ("flop_convnext_tiny", {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)}),
     "flop_convnext_isotropic": ("flop_convnext_isotropic_small", {"depth": 2, "dim": 32, "ls_init_value": 1e-6}),
 }
 
 
-def _converted(state: dict[str, Tensor], name: str, **kwargs: Any) -> nn.Module:
+def _converted(state: dict[str, Tensor], name: str, **kwargs: Any) -> Any:
     model = timm.create_model(name, **kwargs).double().eval()
     model.load_state_dict(convert_official(state, model), strict=True)
     return model
 
 
-def _same(model: nn.Module, x: Tensor, features: Tensor, logits: Tensor, tolerance: float) -> None:
+def _same(model: Any, x: Tensor, features: Tensor, logits: Tensor, tolerance: float) -> None:
     with torch.no_grad():
         found = model.forward_head(model.forward_features(x), pre_logits=True)
         assert (found - features).abs().max() < tolerance * max(1.0, float(features.abs().max()))
@@ -38,7 +38,7 @@ def _same(model: nn.Module, x: Tensor, features: Tensor, logits: Tensor, toleran
 @pytest.mark.parametrize("golden", GOLDENS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_recorded_outputs_of_the_official_code(golden: str, dtype: torch.dtype, tolerance: float) -> None:
-    tensors = load_file(Path(__file__).parent / "data" / f"{golden}.safetensors")
+    tensors = load_file(Path(__file__).parent / "goldens" / f"{golden}.safetensors")
     state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
     name, kwargs = GOLDENS[golden]
     model = timm.create_model(name, num_classes=10, **kwargs).to(dtype).eval()

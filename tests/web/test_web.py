@@ -21,7 +21,7 @@ from test_data import write_fashion_mnist
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-WEB = Path(__file__).parent.parent / "web"
+WEB = Path(__file__).parents[2] / "web"
 ABOUT = json.loads((WEB / "models" / "about.json").read_text())
 INDEX = json.loads((WEB / "samples" / "index.json").read_text())
 NETWORKS = ("equivariant", "plain")
