@@ -1,7 +1,9 @@
 """Data sets: what is read, what is refused and how, and that augmentation is a function of (seed, epoch, sample)."""
 
 import gzip
+import hashlib
 import struct
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from equiflop.data import Augmentation, DataNotFoundError, ImageSplit, Preprocessing, catalog, open_data, read_image
+from equiflop.data import (
+    Augmentation,
+    DataNotFoundError,
+    ImageSplit,
+    Preprocessing,
+    fashion_mnist,
+    open_data,
+    read_image,
+)
+from equiflop.data.fashion_mnist.make_part import first_of_each_class
 from equiflop.data.idx import read_idx
 from equiflop.data.randomness import derive_seed, epoch_order, uniform
 from equiflop.data.sources import FolderImages
@@ -165,11 +176,57 @@ class TestFashionMnist:
         def refuse(*args: object, **kwargs: object) -> None:
             raise OSError("no network")
 
-        monkeypatch.setattr(catalog, "_FASHION_MNIST_DEBIAN", tmp_path / "nothing")
+        monkeypatch.setattr(fashion_mnist, "_DEBIAN", tmp_path / "nothing")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setattr("torchvision.datasets.FashionMNIST", refuse)
-        with pytest.raises(DataNotFoundError, match=r"dataset-fashion-mnist.*no network"):
+        with pytest.raises(DataNotFoundError, match=r"dataset-fashion-mnist.*no network.*fashion-mnist-part"):
             open_data("fashion-mnist")
+
+
+class TestPart:
+    """The part of Fashion-MNIST that comes with equiflop."""
+
+    sha256 = "0cba10b0f2e3ea49912a62b118b11c2c7f5aee0153b3cdb4a75bcfc62331fa2a"
+
+    def test_holds_the_first_images_of_every_class(self) -> None:
+        """Of the whole set where that is at hand; else the file is the one that was made from it."""
+        whole = fashion_mnist.find_whole()
+        content = (files("equiflop.data.fashion_mnist") / fashion_mnist.PART_FILE).read_bytes()
+        if whole is None:
+            assert hashlib.sha256(content).hexdigest() == self.sha256
+            return
+        for part, chosen in zip(fashion_mnist.read_part(), first_of_each_class(whole), strict=True):
+            images, labels = part
+            for label, expected in enumerate(chosen):
+                assert torch.equal(images[labels == label, 0], expected)
+
+    def test_what_is_packed_is_read_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fashion_mnist, "PART", (3, 2))
+        monkeypatch.setattr("equiflop.data.fashion_mnist.make_part.PART", (3, 2))
+        monkeypatch.setattr(fashion_mnist, "files", lambda package: tmp_path)
+        train, test = first_of_each_class(write_fashion_mnist(tmp_path))
+        (tmp_path / fashion_mnist.PART_FILE).write_bytes(fashion_mnist.pack(train, test))
+        data = open_data("fashion-mnist-part")
+        assert isinstance(data.train, MemorySplit) and isinstance(data.test, MemorySplit)
+        assert torch.equal(data.train.images[4::10, 0], train[4]) and torch.equal(data.test.images[7::10, 0], test[7])
+
+    def test_classes_take_turns(self) -> None:
+        data = open_data("fashion-mnist-part", image_size=(32, 24), channels=3)
+        assert (len(data.train), len(data.test), len(data.classes)) == (12_000, 5_000, 10)
+        images, labels, _ = next(data.test.batches(torch.arange(20), 20))
+        assert images.shape == (20, 3, 32, 24) and labels.tolist() == [*range(10), *range(10)]
+
+    @pytest.mark.parametrize("keep", [0, 1000, 60_000])
+    def test_a_damaged_file_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
+        content = (files("equiflop.data.fashion_mnist") / fashion_mnist.PART_FILE).read_bytes()
+        monkeypatch.setattr(fashion_mnist, "files", lambda package: tmp_path)
+        (tmp_path / fashion_mnist.PART_FILE).write_bytes(content[:keep])
+        with pytest.raises(ValueError, match=r"images\.xz: .*install equiflop anew"):
+            open_data("fashion-mnist-part")
+
+    def test_the_licence_lies_beside_it(self) -> None:
+        text = (files("equiflop.data.fashion_mnist") / "LICENSE.txt").read_text(encoding="utf-8")
+        assert "Zalando SE" in text and "The MIT License" in text
 
 
 def test_digits_are_split_without_overlap_of_train_and_test() -> None:
@@ -220,7 +277,7 @@ class TestFolder:
             open_data(tmp_path)
 
     def test_unknown_source_names_the_built_in_sets(self) -> None:
-        with pytest.raises(DataNotFoundError, match="fashion-mnist, digits"):
+        with pytest.raises(DataNotFoundError, match="fashion-mnist, fashion-mnist-part, digits"):
             open_data("no-such-set")
 
 

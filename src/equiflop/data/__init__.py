@@ -1,7 +1,8 @@
 """Images with labels: built-in sets by name, or a folder with one sub-folder per class."""
 
-from equiflop.data.catalog import BUILT_IN, DataNotFoundError, ImageData, open_data
+from equiflop.data.catalog import ImageData, open_data
 from equiflop.data.decode import read_image
+from equiflop.data.names import BUILT_IN, DataNotFoundError
 from equiflop.data.splits import Augmentation, Batch, ImageSplit, MemorySplit, Preprocessing, Split
 
 __all__ = [
