@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from equiflop.cli.completion import complete_data
 from equiflop.cli.options import device_option
 
 
 @click.command(name="demo")
-@click.option("--data", help="A data set, named as in equiflop train.  [default: see below]")
+@click.option("--data", shell_complete=complete_data, help="A data set as in equiflop train.  [default: see below]")
 @click.option("--out", default="demo-output", show_default=True, help="Folder for picture, numbers, networks.")
 @click.option(
     "--epochs",

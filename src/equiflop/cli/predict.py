@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from equiflop.cli.completion import complete_files, complete_models
 from equiflop.cli.options import device_option, json_option
 
 if TYPE_CHECKING:
@@ -16,8 +17,16 @@ if TYPE_CHECKING:
 
 @click.command(name="predict")
 @click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("--checkpoint", help="What equiflop train wrote: a run's folder, model.safetensors or a checkpoint.")
-@click.option("--model", help="In place of --checkpoint, with --pretrained: timm's name of a model.")
+@click.option(
+    "--checkpoint",
+    shell_complete=complete_files,
+    help="What equiflop train wrote: a run's folder, model.safetensors or a checkpoint.",
+)
+@click.option(
+    "--model",
+    shell_complete=complete_models,
+    help="In place of --checkpoint, with --pretrained: timm's name of a model.",
+)
 @click.option(
     "--pretrained", is_flag=True, help="Use timm's weights of --model (downloads them), ours from $EQUIFLOP_WEIGHTS."
 )

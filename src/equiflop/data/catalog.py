@@ -15,6 +15,7 @@ from equiflop.data.idx import read_labelled_images
 from equiflop.data.names import BUILT_IN, DataNotFoundError
 from equiflop.data.sources import DatasetImages, FolderImages, ShardImages
 from equiflop.data.splits import ImageSplit, MemorySplit, Preprocessing, Split
+from equiflop.files import cache_folder
 
 _TRAIN_FOLDERS = ("train", "training")
 _TEST_FOLDERS = ("test", "val", "validation", "valid", "eval")
@@ -168,7 +169,7 @@ def _timm_dataset(name: str, preprocessing: Preprocessing) -> ImageData:
     """A data set of torchvision (``torch/``) or Hugging Face (``hfds/``), downloaded once into the user's cache."""
     from timm.data import create_dataset
 
-    cache = fashion_mnist.cache() / name.replace("/", "-")
+    cache = cache_folder() / name.replace("/", "-")
     splits = []
     tests: tuple[str, ...] = ("validation", "test") if name.startswith("hfds/") else ("validation",)
     for candidates in (("train",), tests):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import lzma
-import os
 import socket
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from equiflop.data.idx import find_idx
 from equiflop.data.names import DataNotFoundError
+from equiflop.files import cache_folder
 
 #: Names of the classes, in the order of the labels.
 CLASSES = (
@@ -80,7 +80,7 @@ def idx_folder(folder: Path) -> Path | None:
 
 def find_whole() -> Path | None:
     """Where the whole set lies: Debian's package ``dataset-fashion-mnist``, else an earlier download; or None."""
-    return next((found for place in (_DEBIAN, cache()) if (found := idx_folder(place)) is not None), None)
+    return next((found for place in (_DEBIAN, cache_folder()) if (found := idx_folder(place)) is not None), None)
 
 
 def fetch_whole() -> Path:
@@ -97,20 +97,16 @@ def fetch_whole() -> Path:
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)
     try:
-        FashionMNIST(str(cache()), download=True)
+        FashionMNIST(str(cache_folder()), download=True)
     except (URLError, OSError, RuntimeError) as error:
         raise DataNotFoundError(
-            f"Fashion-MNIST is neither in {_DEBIAN} (Debian's package dataset-fashion-mnist) nor in {cache()}, and "
-            f"could not be downloaded ({error}); give its folder, or take the part inside equiflop: fashion-mnist-part"
+            f"Fashion-MNIST is neither in {_DEBIAN} (Debian's package dataset-fashion-mnist) nor in "
+            f"{cache_folder()}, and could not be downloaded ({error}); give its folder, or take the part "
+            "that comes with equiflop: fashion-mnist-part"
         ) from error
     finally:
         socket.setdefaulttimeout(previous)
     found = find_whole()
     if found is None:
-        raise DataNotFoundError(f"torchvision's download left no Fashion-MNIST in {cache()}")
+        raise DataNotFoundError(f"torchvision's download left no Fashion-MNIST in {cache_folder()}")
     return found
-
-
-def cache() -> Path:
-    """The folder for downloads: ``equiflop`` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "equiflop"
