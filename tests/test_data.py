@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib.util
 import struct
 from importlib.resources import files
 from pathlib import Path
@@ -21,10 +22,12 @@ from equiflop.data import (
     read_image,
 )
 from equiflop.data.fashion_mnist.make_part import first_of_each_class
+from equiflop.data.hugging_face import find_columns, split_name
 from equiflop.data.idx import read_idx
 from equiflop.data.randomness import derive_seed, epoch_order, uniform
 from equiflop.data.sources import FolderImages
 from equiflop.data.splits import MemorySplit, shift_and_mirror
+from equiflop.training.records import check_tensorboard
 
 GREY = Preprocessing((1, 28, 28), (0.5,), (0.5,))
 
@@ -227,6 +230,85 @@ class TestPart:
     def test_the_licence_lies_beside_it(self) -> None:
         text = (files("equiflop.data.fashion_mnist") / "LICENSE.txt").read_text(encoding="utf-8")
         assert "Zalando SE" in text and "The MIT License" in text
+
+
+class TestExtras:
+    """A package that is missing is named with the extra that brings it, in the same words everywhere."""
+
+    @pytest.mark.parametrize(
+        ("package", "extra", "source"), [("sklearn", "digits", "digits"), ("datasets", "hfds", "hfds/cifar100")]
+    )
+    def test_of_data(self, package: str, extra: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        without(monkeypatch, package)
+        words = rf"data='{source}' needs {package}; install it with: pip install 'equiflop\[{extra}\]'"
+        with pytest.raises(ImportError, match=words):
+            open_data(source)
+
+    def test_of_records(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        without(monkeypatch, "tensorboard")
+        with pytest.raises(ImportError, match=r"needs tensorboard; install it with: .*\[tensorboard\]"):
+            check_tensorboard()
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+
+
+class TestColumns:
+    """Of Hugging Face's data sets: their types decide, or a name does."""
+
+    Image, ClassLabel, Value = (type(name, (), {}) for name in ("Image", "ClassLabel", "Value"))
+    cifar100 = {"img": Image(), "fine_label": ClassLabel(), "coarse_label": ClassLabel()}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("features", "named", "expected"),
+        [
+            ({"image": Image(), "label": ClassLabel()}, "", ("image", "label")),
+            ({"img": Image(), "label": ClassLabel(), "id": Value()}, "", ("img", "label")),
+            ({"img": Image(), "fine_label": ClassLabel()}, "", ("img", "fine_label")),
+            ({"image": Image(), "label": Value(), "kind": ClassLabel()}, "", ("image", "label")),
+            (cifar100, ",label=fine_label", ("img", "fine_label")),
+            ({"a": Image(), "b": Image(), "n": Value()}, ",label=n,image=b", ("b", "n")),
+        ],
+    )
+    def test_are_found(self, features: dict[str, object], named: str, expected: tuple[str, str]) -> None:
+        name, columns = split_name(f"hfds/some/set{named}")
+        found = find_columns(features, columns, "hfds/some/set")
+        assert name == "hfds/some/set" and (found["input_key"], found["target_key"]) == expected
+
+    @pytest.mark.parametrize(
+        ("features", "source", "message"),
+        [
+            (cifar100, "hfds/c", "holds the labels, fine_label or coarse_label.* this: hfds/c,label=fine_label$"),
+            (cifar100, "hfds/c,label=lbl", "no column 'lbl'; there are img, fine_label, coarse_label$"),
+            ({"text": Value()}, "hfds/c", "which column holds the images, text"),
+            (cifar100, "hfds/c,labl=fine_label", "'labl=fine_label' is neither image=COLUMN nor label=COLUMN"),
+        ],
+    )
+    def test_else_one_line_says_how_to_name_them(self, features: dict[str, object], source: str, message: str) -> None:
+        with pytest.raises(DataNotFoundError, match=message):
+            find_columns(features, split_name(source)[1], source)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("labels", ["fine_label", "fine_label,coarse_label"])
+    def test_of_a_set_on_the_disk(self, labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        kinds = {name: datasets.ClassLabel(names=["cat", "dog"]) for name in labels.split(",")}
+        features = datasets.Features({"img": datasets.Image(), **kinds})
+        for split, size in (("train", 4), ("test", 2)):
+            rows = [{"img": Image.new("RGB", (8, 8), (i, 0, 0)), **dict.fromkeys(kinds, i % 2)} for i in range(size)]
+            made = datasets.Dataset.from_list(rows, features=features)
+            made.to_parquet(str(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet"))
+        source = f"hfds/{tmp_path / 'set'}"
+        if len(kinds) > 1:
+            with pytest.raises(DataNotFoundError, match="fine_label or coarse_label"):
+                open_data(source)
+            source += ",label=coarse_label"
+        data = open_data(source, image_size=(8, 8))
+        assert data.classes == ("cat", "dog") and (len(data.train), len(data.test)) == (4, 2)
+        assert next(data.test.batches(torch.arange(2), 2))[1].tolist() == [0, 1]
 
 
 def test_digits_are_split_without_overlap_of_train_and_test() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to name.")
 @device_option
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     images: tuple[str, ...],
     checkpoint: str | None,
     model: str | None,
@@ -44,7 +47,8 @@ def command(
 ) -> None:
     """Say what is on IMAGES, and whether the answer is the same for their mirror images.
 
-    An equivariant model gives the same probabilities for both; a plain one does not.
+    An equivariant model gives the same probabilities for both; a plain one does not. An image that cannot be read is
+    named, and the exit code is 2, after the others.
 
     \b
     Examples:
@@ -62,13 +66,23 @@ def command(
     chosen = pick_device(device)
     classifier = Classifier.from_file(checkpoint) if checkpoint is not None else Classifier.from_timm(str(model))
     predictions = []
+    failed = False
     for image in images:
-        prediction = predict(classifier, image, chosen, top)
+        try:
+            prediction = predict(classifier, image, chosen, top)
+        except ValueError as error:
+            if not classifier.classes or os.environ.get("EQUIFLOP_DEBUG"):
+                raise
+            failed = True
+            click.echo(f"equiflop: {error}", err=True)
+            continue
         predictions.append(prediction)
         if not as_json:
             _show(prediction)
     if as_json:
         click.echo(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
+    if failed:
+        ctx.exit(2)
 
 
 def _show(prediction: Prediction) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from equiflop.data import fashion_mnist
+from equiflop.data import fashion_mnist, hugging_face
 from equiflop.data.idx import read_labelled_images
-from equiflop.data.names import BUILT_IN, DataNotFoundError
+from equiflop.data.names import BUILT_IN, PREFIXES, DataNotFoundError
 from equiflop.data.sources import DatasetImages, FolderImages, ShardImages
 from equiflop.data.splits import ImageSplit, MemorySplit, Preprocessing, Split
+from equiflop.extras import check_installed
 from equiflop.files import cache_folder
 
 _TRAIN_FOLDERS = ("train", "training")
@@ -56,7 +57,8 @@ def open_data(
 
     A folder holds either Fashion-MNIST's four idx files (plain or ``.gz``), or images as ``train/CLASS/*`` and
     ``test/CLASS/*`` (``val``, ``valid`` and ``validation`` are also understood). Besides, timm's names:
-    ``torch/NAME`` of torchvision, ``hfds/NAME`` of Hugging Face, and ``wds/FOLDER`` with WebDataset's tar files.
+    ``torch/NAME`` of torchvision, ``hfds/NAME`` of Hugging Face (``hfds/NAME,image=COLUMN,label=COLUMN`` where the
+    columns' names or types do not say which is which), and ``wds/FOLDER`` with WebDataset's tar files.
 
     Args:
         source: ``"fashion-mnist"``, ``"fashion-mnist-part"`` (what comes with equiflop), ``"digits"``, one of timm's
@@ -68,6 +70,7 @@ def open_data(
     Raises:
         DataNotFoundError: if there is no such set or folder.
         ValueError: if files are damaged or missing.
+        ImportError: if a package is missing that reads the set.
     """
     if preprocessing is not None:
         channels, image_size = preprocessing.input_size[0], preprocessing.input_size[1:]
@@ -89,7 +92,11 @@ def open_data(
         return _shards(_existing_folder(rest), photos)
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        raise DataNotFoundError(f"data={str(source)!r} is neither a folder nor a built-in set ({', '.join(BUILT_IN)})")
+        raise DataNotFoundError(
+            f"data={str(source)!r} is neither a folder nor a built-in set ({', '.join(BUILT_IN)}); what else works: "
+            + "; ".join(f"{prefix}{what}" for prefix, what in PREFIXES.items())
+            + (". Unpack the file and give the folder" if folder.exists() else "")
+        )
     found = fashion_mnist.idx_folder(folder)
     if found is not None:
         return _fashion_mnist(found, clothes)
@@ -118,10 +125,9 @@ def _fashion_mnist_part(preprocessing: Preprocessing) -> ImageData:
 
 def _digits(preprocessing: Preprocessing) -> ImageData:
     """The digits of scikit-learn: every fifth image is for testing."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataNotFoundError('data="digits" needs scikit-learn: pip install "equiflop[demo]"') from error
+    check_installed("sklearn", "digits", "data='digits'")
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).long()
@@ -165,25 +171,34 @@ def _words(path: Path) -> set[str]:
     return set(re.split("[^a-z]+", str(path).lower()))
 
 
-def _timm_dataset(name: str, preprocessing: Preprocessing) -> ImageData:
+def _timm_dataset(source: str, preprocessing: Preprocessing) -> ImageData:
     """A data set of torchvision (``torch/``) or Hugging Face (``hfds/``), downloaded once into the user's cache."""
     from timm.data import create_dataset
 
+    name, named = source, {}
+    if source.startswith("hfds/"):
+        check_installed("datasets", "hfds", f"data={source!r}")
+        name, named = hugging_face.split_name(source)
     cache = cache_folder() / name.replace("/", "-")
     splits = []
     tests: tuple[str, ...] = ("validation", "test") if name.startswith("hfds/") else ("validation",)
     for candidates in (("train",), tests):
         for split in candidates:
             try:
+                columns = _columns(name, named, split, cache, source) if name.startswith("hfds/") else {}
                 dataset = create_dataset(
-                    name, root=str(cache), split=split, is_training=split == "train", download=True
+                    name, root=str(cache), split=split, is_training=split == "train", download=True, **columns
                 )
                 break
+            except DataNotFoundError:
+                raise
             except ImportError as error:
-                raise DataNotFoundError(f"data={name!r} needs another package: {error}") from error
+                raise DataNotFoundError(f"data={source!r} needs another package: {error}") from error
             except Exception as error:  # whatever timm, torchvision or the hub raise, the data set cannot be had
                 if split == candidates[-1]:
-                    raise DataNotFoundError(f"data={name!r} cannot be opened by timm ({_first_line(error)})") from error
+                    raise DataNotFoundError(
+                        f"data={source!r} cannot be opened by timm ({_first_line(error)})"
+                    ) from error
         splits.append(DatasetImages(dataset, _labels_of(dataset, name), f"{name} {split}"))
     dataset = splits[0].dataset
     class_to_idx = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
@@ -191,6 +206,13 @@ def _timm_dataset(name: str, preprocessing: Preprocessing) -> ImageData:
     names = names or range(max(splits[0].labels) + 1)
     train, test = (ImageSplit(source, preprocessing) for source in splits)
     return ImageData(name, str(cache), tuple(map(str, names)), train, test)
+
+
+def _columns(name: str, named: dict[str, str], split: str, cache: Path, source: str) -> dict[str, str]:
+    from datasets import load_dataset
+
+    features = load_dataset(name.partition("/")[2], split=split, cache_dir=str(cache)).features
+    return hugging_face.find_columns(features, named, source)
 
 
 def _labels_of(dataset: Any, name: str) -> list[int]:

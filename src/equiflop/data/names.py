@@ -11,7 +11,7 @@ BUILT_IN = {
 #: What stands before a name or a folder, and what follows it.
 PREFIXES = {
     "torch/": "NAME, a set of torchvision",
-    "hfds/": "NAME, a set of Hugging Face",
+    "hfds/": "NAME[,image=COLUMN][,label=COLUMN], a set of Hugging Face",
     "wds/": "FOLDER, WebDataset's tar files",
 }
 

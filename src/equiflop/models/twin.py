@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import re
 import warnings
 from typing import Any, get_args
 
@@ -17,10 +16,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_a
 from torch import nn
 
 from equiflop.grids import NAMED_IMAGE_GROUPS, ImageGroup, as_image_group
-from equiflop.models.entry_points import registered_twin
+from equiflop.models.entry_points import TWIN, registered_twin
 from equiflop.models.equivariant_transformer import Design, EquivariantTransformer
 from equiflop.models.equivariant_vit import EquivariantVisionTransformer, feature_rep
 from equiflop.models.image_size import check_image_size
+from equiflop.models.keywords import keyword_problem
 from equiflop.models.tied import become
 from equiflop.models.twin_networks import TWIN_CLASSES
 from equiflop.nn.attention import Heads
@@ -123,7 +123,8 @@ def _registered(name: str, group: str | ImageGroup, heads: Heads | None, overrid
     try:
         return timm.create_model(name, group=group, **overrides)
     except TypeError as error:
-        raise ValueError(f"{name} cannot be made with {overrides}: {error}") from error
+        problem = keyword_problem(name, overrides, error)
+        raise ValueError(problem or f"{name} cannot be made with {overrides}: {error}") from error
 
 
 def _refusal(name: str, reason: str) -> ValueError:
@@ -205,14 +206,12 @@ def _plain(name: str, keywords: dict[str, Any]) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(name, **keywords)
     except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        key = unknown[1] if unknown else None
-        if key not in keywords:
-            raise ValueError(f"{name} cannot be made with {keywords}: {error}") from error
-        known = [*inspect.signature(type(_plain(name, {}))).parameters, *_OWN, *_OWN_OF_VIT]
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-        raise ValueError(f"override {key}={keywords[key]!r} is unknown; {hint}") from error
+
+        def known() -> list[str]:
+            return [*inspect.signature(type(_plain(name, {}))).parameters, *_OWN, *_OWN_OF_VIT]
+
+        problem = keyword_problem(TWIN + name, keywords, error, known)
+        raise ValueError(problem or f"{name} cannot be made with {keywords}: {error}") from error
     except AssertionError as error:
         raise ValueError(f"{name} cannot be made with {keywords}: {error}") from error
     except RuntimeError as error:  # timm's answer to an unknown tag

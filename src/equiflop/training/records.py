@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from equiflop.extras import check_installed
 from equiflop.files import write_text
 
 #: Name of the list of images that could not be read, in a run's folder.
@@ -83,12 +84,9 @@ def check_tensorboard() -> None:
     """See that TensorBoard's package is there.
 
     Raises:
-        ValueError: if not.
+        ImportError: if not.
     """
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ValueError('tensorboard needs its package: pip install "equiflop[tensorboard]"') from error
+    check_installed("tensorboard", "tensorboard", "--tensorboard")
 
 
 def write_tensorboard(folder: Path, record: EpochRecord) -> None:

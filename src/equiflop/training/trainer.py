@@ -590,7 +590,7 @@ class Trainer:
             name = differences[0]
             raise CheckpointError(
                 f"{path}: is of another run: {name}={getattr(state.config, name)!r} there, "
-                f"{name}={getattr(self.config, name)!r} here; take another folder or start anew"
+                f"{name}={getattr(self.config, name)!r} here; take another --out, or --resume never to start anew"
             )
         if state.images_per_step != self._images_per_step():
             raise CheckpointError(
