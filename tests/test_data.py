@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import importlib.util
+import io
 import struct
 from importlib.resources import files
 from pathlib import Path
@@ -250,6 +251,12 @@ class TestExtras:
             check_tensorboard()
 
 
+def png(red: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (red, 0, 0)).save(content, "PNG")
+    return content.getvalue()
+
+
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
@@ -293,14 +300,15 @@ class TestColumns:
     @pytest.mark.slow
     @pytest.mark.parametrize("labels", ["fine_label", "fine_label,coarse_label"])
     def test_of_a_set_on_the_disk(self, labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        datasets = pytest.importorskip("datasets")
+        datasets, pyarrow, parquet = map(pytest.importorskip, ("datasets", "pyarrow", "pyarrow.parquet"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         kinds = {name: datasets.ClassLabel(names=["cat", "dog"]) for name in labels.split(",")}
         features = datasets.Features({"img": datasets.Image(), **kinds})
         for split, size in (("train", 4), ("test", 2)):
-            rows = [{"img": Image.new("RGB", (8, 8), (i, 0, 0)), **dict.fromkeys(kinds, i % 2)} for i in range(size)]
-            made = datasets.Dataset.from_list(rows, features=features)
-            made.to_parquet(str(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet"))
+            rows = [{"img": {"bytes": png(i), "path": None}, **dict.fromkeys(kinds, i % 2)} for i in range(size)]
+            table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
+            (tmp_path / "set" / "data").mkdir(parents=True, exist_ok=True)
+            parquet.write_table(table, tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
         source = f"hfds/{tmp_path / 'set'}"
         if len(kinds) > 1:
             with pytest.raises(DataNotFoundError, match="fine_label or coarse_label"):
