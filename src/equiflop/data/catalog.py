@@ -175,7 +175,7 @@ def _timm_dataset(source: str, preprocessing: Preprocessing) -> ImageData:
     """A data set of torchvision (``torch/``) or Hugging Face (``hfds/``), downloaded once into the user's cache."""
     from timm.data import create_dataset
 
-    name, named = source, {}
+    name, named = source, dict[str, str]()
     if source.startswith("hfds/"):
         check_installed("datasets", "hfds", f"data={source!r}")
         name, named = hugging_face.split_name(source)
