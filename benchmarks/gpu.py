@@ -31,7 +31,7 @@ from equiflop.files import sole_user, write_text
 HERE = Path(__file__).resolve().parent
 VITS = {"small": "16", "base": "16", "large": "16", "huge": "14"}
 #: Other networks of the comparison.
-OTHERS = ("flop_resmlp_24_224", "flop_resmlp_big_24_224", "flop_convnext_tiny", "flop_convnext_base")
+OTHERS: tuple[str, ...] = ("flop_resmlp_24_224", "flop_resmlp_big_24_224", "flop_convnext_tiny", "flop_convnext_base")
 OTHERS += ("flop_convnext_isotropic_base", "flop_convnext_isotropic_large")
 
 
@@ -60,8 +60,8 @@ def tasks(quick: bool) -> Iterator[Task]:
     device = ("--device", "cpu") if quick else ("--device", "cuda")
     for step in ("forward", "train"):
         for name in names[2:4] if quick else [*names[2:], *names[:2]]:  # what is asked for most comes first
-            batch = () if quick else ("--batch", "128" if step == "forward" else "64")
-            words = (str(HERE / "gpu_blocks.py"), name, "--step", step, *batch, *of_blocks, *device)
+            batch = "128" if step == "forward" else "64"
+            words = (str(HERE / "gpu_blocks.py"), name, "--step", step, "--batch", batch, *of_blocks, *device)
             yield Task(f"blocks-{step}-{name}", (*words, "--output", "OUTPUT"), 90)
     for name in names[2:3] if quick else [*names[2:], *names[:2], *OTHERS]:
         for step, batch in (("forward", "128"), ("train", "64")):

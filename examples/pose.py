@@ -150,8 +150,8 @@ def draw_figure_image(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray,
 
     def ball(point: Any, radius: float, colour: np.ndarray) -> None:
         (x, y), near = seen(np.asarray(point))
-        r = radius * tall
-        parts.append((near, lambda: pen.ellipse((x - r, y - r, x + r, y + r), fill=shade(colour, near))))
+        r, depth = radius * tall, float(near)
+        parts.append((depth, lambda: pen.ellipse((x - r, y - r, x + r, y + r), fill=shade(colour, depth))))
 
     def bone(a: np.ndarray, b: np.ndarray, thick: float, colour: np.ndarray) -> None:
         ends, near = seen(np.stack([a, b]))
@@ -230,8 +230,9 @@ class PlainEstimator(nn.Module):
             nn.Upsample(scale_factor=4, mode="bilinear", align_corners=False),
             nn.Conv2d(backbone.embed_dim, num_joints, 3, padding=1),
         )
-        nn.init.normal_(self.head[-1].weight, std=0.001)
-        nn.init.zeros_(self.head[-1].bias)
+        last: Any = self.head[-1]
+        nn.init.normal_(last.weight, std=0.001)
+        nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.backbone.forward_features(x)[:, self.backbone.num_prefix_tokens :]

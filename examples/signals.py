@@ -20,7 +20,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ def compare_networks(quick: bool, seeds: int, out: Path) -> list[dict[str, Any]]
 def compare_paths(quick: bool, channels: int = 16, batch: int = 16) -> dict[str, Any]:
     """Milliseconds of ``CirculantLinear`` and of the product with its dense matrix as the period grows."""
     lengths = (16, 32, 64) if quick else (16, 32, 64, 128, 256, 512, 1024, 2048)
-    rows = []
+    rows: list[dict[str, Any]] = []
     print(f"\n{'n':>6}{'FFT MACs':>14}{'dense MACs':>16}{'FFT ms':>10}{'dense ms':>10}{'speedup':>9}")
     for n in lengths:
         layer = CirculantLinear(n, channels, channels, bias=False)
@@ -208,8 +208,8 @@ def compare_paths(quick: bool, channels: int = 16, batch: int = 16) -> dict[str,
         # Long periods: any matrix of that size (4 GiB at n = 2048) costs the same product and takes less time to make.
         matrix = layer.matrix() if n <= 256 else torch.ones(n * channels, n * channels)
         ways: dict[str, Callable[[], object]] = {
-            "fft": lambda layer=layer, x=x: layer(x),
-            "dense": lambda matrix=matrix, x=x: F.linear(x.flatten(1), matrix),
+            "fft": partial(layer, x),
+            "dense": partial(F.linear, x.flatten(1), matrix),
         }
         seconds = shared.median_seconds(ways, 5 if n > 512 else 15)
         count = macs(layer, ((n, channels),))

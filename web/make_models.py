@@ -1,6 +1,6 @@
 """Write the networks of ``equiflop demo`` for the page: two ONNX files, and what was measured with them.
 
-    equiflop demo --epochs 8 --no-full-size --out demo-output
+    equiflop demo --data fashion-mnist --epochs 8 --no-full-size --out demo-output
     python web/make_models.py --demo demo-output --output web/models
 
 A file holds its weights in float16, with a cast to float32 behind each, which ONNX Runtime folds away as it loads the
@@ -215,6 +215,7 @@ def make(demo: Path, output: Path, source: str | None, say: Any = print) -> dict
         OSError: if a file cannot be read or written.
     """
     settings = json.loads((demo / "results.json").read_text())["settings"]
+    named = " --data fashion-mnist" if settings["data"] == "fashion-mnist" else ""
     subjects = {name: Subject.of(demo / name) for name in NETWORKS}
     about = subjects["plain"].preprocessing
     if subjects["equivariant"].preprocessing != about or len({s.classes for s in subjects.values()}) > 1:
@@ -240,9 +241,10 @@ def make(demo: Path, output: Path, source: str | None, say: Any = print) -> dict
         "input_size": about.input_size,
         "mean": about.mean,
         "std": about.std,
-        "training": {key: settings[key] for key in ("epochs", "seed", "width", "depth", "heads", "patch", "lr")},
+        "training": _recipe(settings["training"]),
         "commands": [
-            f"equiflop demo --epochs {settings['epochs']} --seed {settings['seed']} --no-full-size --out demo-output",
+            f"equiflop demo{named} --epochs {settings['epochs']} --seed {settings['seed']} --no-full-size "
+            "--out demo-output",
             "python web/make_models.py --demo demo-output --output web/models",
         ],
         "versions": {
@@ -253,6 +255,14 @@ def make(demo: Path, output: Path, source: str | None, say: Any = print) -> dict
     }
     write_text(output / "about.json", json.dumps(content, indent=2) + "\n")
     return content
+
+
+def _recipe(training: dict[str, Any]) -> dict[str, Any]:
+    sizes = training["model_kwargs"]
+    return {
+        **{key: training[key] for key in ("epochs", "seed", "lr")},
+        **{key: sizes[key] for key in ("embed_dim", "depth", "num_heads", "patch_size")},
+    }
 
 
 def main() -> None:

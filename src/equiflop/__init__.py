@@ -3,19 +3,22 @@
 Importing it registers the models in timm, so ``timm.create_model("flop_deit3_base_patch16_224")`` works.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from equiflop import contract, convert, groups, models, nn
-from equiflop.checking import CheckReport, check
-from equiflop.counting import macs
-from equiflop.equivariance import assert_equivariant
-from equiflop.groups import Action, FiniteGroup, Rep
-from equiflop.image_group import ImageGroup
-from equiflop.inference import optimize_for_inference
-from equiflop.layers import linear_layers
-from equiflop.models import equivariant_models, plain_twin, twin
-from equiflop.warnings import EquiflopWarning
+from equiflop.lazy import is_command_line, lazily
 
+if TYPE_CHECKING or not is_command_line():  # the sub-commands import what they need
+    from equiflop import contract, convert, groups, models, nn
+    from equiflop.checking import CheckReport, check
+    from equiflop.counting import macs
+    from equiflop.equivariance import assert_equivariant
+    from equiflop.groups import Action, FiniteGroup, Rep
+    from equiflop.image_group import ImageGroup
+    from equiflop.inference import optimize_for_inference
+    from equiflop.layers import linear_layers
+    from equiflop.models import equivariant_models, plain_twin
+    from equiflop.models.twin import twin
+    from equiflop.warnings import EquiflopWarning
 if TYPE_CHECKING:
     from equiflop.deploy.export import export
 
@@ -44,11 +47,20 @@ __all__ = [
     "twin",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """``export`` brings trainer and data sets along; it is imported when it is used."""
-    if name == "export":
-        from equiflop.deploy import export
-
-        return export
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+#: ``export`` brings trainer and data sets along, so it is never imported before it is used.
+__getattr__ = lazily(
+    __name__,
+    {
+        "equiflop": ["contract", "convert", "groups", "models", "nn"],
+        "equiflop.checking": ["CheckReport", "check"],
+        "equiflop.counting": ["macs"],
+        "equiflop.deploy": ["export"],
+        "equiflop.equivariance": ["assert_equivariant"],
+        "equiflop.groups": ["Action", "FiniteGroup", "Rep"],
+        "equiflop.image_group": ["ImageGroup"],
+        "equiflop.inference": ["optimize_for_inference"],
+        "equiflop.layers": ["linear_layers"],
+        "equiflop.models": ["equivariant_models", "plain_twin", "twin"],
+        "equiflop.warnings": ["EquiflopWarning"],
+    },
+)

@@ -13,6 +13,11 @@ from typing import IO
 _in_use: set[Path] = set()  # folders of this process: its own locks do not keep it out
 
 
+def cache_folder() -> Path:
+    """The folder for downloads and for what is worth keeping: ``equiflop`` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "equiflop"
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file such that a reader, or a crash at any moment, finds the old content or the new, never a part.
 

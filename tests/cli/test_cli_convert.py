@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
@@ -134,3 +135,13 @@ def test_entries_that_are_no_tensors_are_named(state: dict[str, torch.Tensor], t
     torch.save({**state, "head.bias": "seven"}, source)
     _refused(_convert(source, output, "--model", MODEL, *SETTINGS), output, "head.bias", "str")
     assert read_official(source).state_dict["head.weight"].shape == (7, 8)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model", "flop_deit3_small_patch16_224"]], ids=["found", "named"])
+@pytest.mark.parametrize("plain", ["deit3_small_patch16_224", "resmlp_12_224", "convnext_atto"])
+def test_a_plain_network_is_named_as_such(plain: str, arguments: list[str], tmp_path: Path) -> None:
+    """As the official repositories of DeiT and ConvNeXt write them."""
+    source, output = tmp_path / "plain.pth", tmp_path / "out" / "ours.safetensors"
+    output.parent.mkdir()
+    torch.save({"model": timm.create_model(plain).state_dict()}, source)
+    _refused(_convert(source, output, *arguments), output, "plain.pth", "holds weights of a plain network")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import click
@@ -32,6 +33,12 @@ def assert_one_line(result: Result, *words: str) -> None:
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr
     assert all(word in lines[0] for word in words), lines[0]
+
+
+def write_zip(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train/cat/1.png", b"")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +83,7 @@ def test_another_recipe_in_the_same_folder_is_refused_until_told(data: str, trai
             (out / path.relative_to(trained)).write_bytes(path.read_bytes())
     other = ["train", *SMALL, "--data", data, "--epochs", "1", "--out", str(out)]
     result = run(*other)
-    assert result.exit_code == 2 and "epochs=2 there, epochs=1 here" in result.stderr
+    assert_one_line(result, "epochs=2 there, epochs=1 here", "another --out, or --resume never")
     result = run(*other, "--resume", "never")
     assert result.exit_code == 0, result.output
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000005.pt", "best.pt"}
@@ -117,6 +124,10 @@ def test_mistakes_are_one_line(data: str, trained: Path, tmp_path: Path) -> None
     out = ["--out", str(tmp_path / "out")]
     assert_one_line(run("train", "flop_deit3_smal_patch16_224", "--data", data, *out), "flop_deit3_small_patch16_224")
     assert_one_line(run("train", *SMALL, "--data", "nowhere", *out), "nowhere", "fashion-mnist")
+    for source in ("tfds/cifar10", str(write_zip(tmp_path / "photos.zip"))):
+        result = run("train", *SMALL, "--data", source, *out)
+        assert_one_line(result, source, "torch/NAME", "hfds/NAME", "wds/FOLDER", "fashion-mnist-part")
+        assert ("Unpack the file" in result.stderr) == source.endswith("zip")
     assert_one_line(run("train", *SMALL, "--data", data, "--set", "embed_dimm=3", *out), "embed_dimm")
     assert_one_line(run("train", *SMALL, "--data", data, "--set", "embed_dim=15", *out), "embed_dim")
     assert_one_line(run("train", *SMALL, "--data", data, "--lr", "-1", *out), "lr=-1.0")

@@ -98,6 +98,23 @@ def test_mistakes_are_one_line(equivariant: Path, photo: Path, tmp_path: Path) -
         assert result.exit_code == 2 and len(lines) == 1 and word in lines[0], result.stderr
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_after_an_image_that_cannot_be_read_it_goes_on(
+    equivariant: Path, photo: Path, tmp_path: Path, as_json: bool
+) -> None:
+    (tmp_path / "bad.jpg").write_text("no image")
+    bad, none = str(tmp_path / "bad.jpg"), str(tmp_path / "none.jpg")
+    more = ["--json"] if as_json else []
+    result = run(bad, str(photo), none, str(photo), "--checkpoint", str(equivariant), *more)
+    assert result.exit_code == 2
+    first, second = result.stderr.strip().splitlines()
+    assert "bad.jpg: not an image" in first and "none.jpg: no such file" in second
+    if as_json:
+        assert [answer["image"] for answer in json.loads(result.stdout)] == [str(photo)] * 2
+    else:
+        assert result.stdout.count("same answer when mirrored") == 2
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["--model", "deit3_small_patch16_224"], ["--model", "m", "--checkpoint", "c"]]
 )

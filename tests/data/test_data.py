@@ -1,7 +1,11 @@
 """Data sets: what is read, what is refused and how, and that augmentation is a function of (seed, epoch, sample)."""
 
 import gzip
+import hashlib
+import importlib.util
+import io
 import struct
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,22 @@ import pytest
 import torch
 from PIL import Image
 
-from equiflop.data import Augmentation, DataNotFoundError, ImageSplit, Preprocessing, catalog, open_data, read_image
+from equiflop.data import (
+    Augmentation,
+    DataNotFoundError,
+    ImageSplit,
+    Preprocessing,
+    fashion_mnist,
+    open_data,
+    read_image,
+)
+from equiflop.data.fashion_mnist.make_part import first_of_each_class
+from equiflop.data.hugging_face import find_columns, split_name
 from equiflop.data.idx import read_idx
 from equiflop.data.randomness import derive_seed, epoch_order, uniform
 from equiflop.data.sources import FolderImages
 from equiflop.data.splits import MemorySplit, shift_and_mirror
+from equiflop.training.records import check_tensorboard
 
 GREY = Preprocessing((1, 28, 28), (0.5,), (0.5,))
 
@@ -166,11 +181,143 @@ class TestFashionMnist:
         def refuse(*args: object, **kwargs: object) -> None:
             raise OSError("no network")
 
-        monkeypatch.setattr(catalog, "_FASHION_MNIST_DEBIAN", tmp_path / "nothing")
+        monkeypatch.setattr(fashion_mnist, "_DEBIAN", tmp_path / "nothing")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setattr("torchvision.datasets.FashionMNIST", refuse)
-        with pytest.raises(DataNotFoundError, match=r"dataset-fashion-mnist.*no network"):
+        with pytest.raises(DataNotFoundError, match=r"dataset-fashion-mnist.*no network.*fashion-mnist-part"):
             open_data("fashion-mnist")
+
+
+class TestPart:
+    """The part of Fashion-MNIST that comes with equiflop."""
+
+    sha256 = "0cba10b0f2e3ea49912a62b118b11c2c7f5aee0153b3cdb4a75bcfc62331fa2a"
+
+    def test_holds_the_first_images_of_every_class(self) -> None:
+        """Of the whole set where that is at hand; else the file is the one that was made from it."""
+        whole = fashion_mnist.find_whole()
+        content = (files("equiflop.data.fashion_mnist") / fashion_mnist.PART_FILE).read_bytes()
+        if whole is None:
+            assert hashlib.sha256(content).hexdigest() == self.sha256
+            return
+        for part, chosen in zip(fashion_mnist.read_part(), first_of_each_class(whole), strict=True):
+            images, labels = part
+            for label, expected in enumerate(chosen):
+                assert torch.equal(images[labels == label, 0], expected)
+
+    def test_what_is_packed_is_read_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fashion_mnist, "PART", (3, 2))
+        monkeypatch.setattr("equiflop.data.fashion_mnist.make_part.PART", (3, 2))
+        monkeypatch.setattr(fashion_mnist, "files", lambda package: tmp_path)
+        train, test = first_of_each_class(write_fashion_mnist(tmp_path))
+        (tmp_path / fashion_mnist.PART_FILE).write_bytes(fashion_mnist.pack(train, test))
+        data = open_data("fashion-mnist-part")
+        assert isinstance(data.train, MemorySplit) and isinstance(data.test, MemorySplit)
+        assert torch.equal(data.train.images[4::10, 0], train[4]) and torch.equal(data.test.images[7::10, 0], test[7])
+
+    def test_classes_take_turns(self) -> None:
+        data = open_data("fashion-mnist-part", image_size=(32, 24), channels=3)
+        assert (len(data.train), len(data.test), len(data.classes)) == (12_000, 5_000, 10)
+        images, labels, _ = next(data.test.batches(torch.arange(20), 20))
+        assert images.shape == (20, 3, 32, 24) and labels.tolist() == [*range(10), *range(10)]
+
+    @pytest.mark.parametrize("keep", [0, 1000, 60_000])
+    def test_a_damaged_file_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
+        content = (files("equiflop.data.fashion_mnist") / fashion_mnist.PART_FILE).read_bytes()
+        monkeypatch.setattr(fashion_mnist, "files", lambda package: tmp_path)
+        (tmp_path / fashion_mnist.PART_FILE).write_bytes(content[:keep])
+        with pytest.raises(ValueError, match=r"images\.xz: .*install equiflop anew"):
+            open_data("fashion-mnist-part")
+
+    def test_the_licence_lies_beside_it(self) -> None:
+        text = (files("equiflop.data.fashion_mnist") / "LICENSE.txt").read_text(encoding="utf-8")
+        assert "Zalando SE" in text and "The MIT License" in text
+
+
+class TestExtras:
+    """A package that is missing is named with the extra that brings it, in the same words everywhere."""
+
+    @pytest.mark.parametrize(
+        ("package", "extra", "source"), [("sklearn", "digits", "digits"), ("datasets", "hfds", "hfds/cifar100")]
+    )
+    def test_of_data(self, package: str, extra: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        without(monkeypatch, package)
+        words = rf"data='{source}' needs {package}; install it with: pip install 'equiflop\[{extra}\]'"
+        with pytest.raises(ImportError, match=words):
+            open_data(source)
+
+    def test_of_records(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        without(monkeypatch, "tensorboard")
+        with pytest.raises(ImportError, match=r"needs tensorboard; install it with: .*\[tensorboard\]"):
+            check_tensorboard()
+
+
+def png(red: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (red, 0, 0)).save(content, "PNG")
+    return content.getvalue()
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+
+
+class TestColumns:
+    """Of Hugging Face's data sets: their types decide, or a name does."""
+
+    Image, ClassLabel, Value = (type(name, (), {}) for name in ("Image", "ClassLabel", "Value"))
+    cifar100 = {"img": Image(), "fine_label": ClassLabel(), "coarse_label": ClassLabel()}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("features", "named", "expected"),
+        [
+            ({"image": Image(), "label": ClassLabel()}, "", ("image", "label")),
+            ({"img": Image(), "label": ClassLabel(), "id": Value()}, "", ("img", "label")),
+            ({"img": Image(), "fine_label": ClassLabel()}, "", ("img", "fine_label")),
+            ({"image": Image(), "label": Value(), "kind": ClassLabel()}, "", ("image", "label")),
+            (cifar100, ",label=fine_label", ("img", "fine_label")),
+            ({"a": Image(), "b": Image(), "n": Value()}, ",label=n,image=b", ("b", "n")),
+        ],
+    )
+    def test_are_found(self, features: dict[str, object], named: str, expected: tuple[str, str]) -> None:
+        name, columns = split_name(f"hfds/some/set{named}")
+        found = find_columns(features, columns, "hfds/some/set")
+        assert name == "hfds/some/set" and (found["input_key"], found["target_key"]) == expected
+
+    @pytest.mark.parametrize(
+        ("features", "source", "message"),
+        [
+            (cifar100, "hfds/c", "holds the labels, fine_label or coarse_label.* this: hfds/c,label=fine_label$"),
+            (cifar100, "hfds/c,label=lbl", "no column 'lbl'; there are img, fine_label, coarse_label$"),
+            ({"text": Value()}, "hfds/c", "which column holds the images, text"),
+            (cifar100, "hfds/c,labl=fine_label", "'labl=fine_label' is neither image=COLUMN nor label=COLUMN"),
+        ],
+    )
+    def test_else_one_line_says_how_to_name_them(self, features: dict[str, object], source: str, message: str) -> None:
+        with pytest.raises(DataNotFoundError, match=message):
+            find_columns(features, split_name(source)[1], source)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("labels", ["fine_label", "fine_label,coarse_label"])
+    def test_of_a_set_on_the_disk(self, labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        datasets, pyarrow, parquet = map(pytest.importorskip, ("datasets", "pyarrow", "pyarrow.parquet"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        kinds = {name: datasets.ClassLabel(names=["cat", "dog"]) for name in labels.split(",")}
+        features = datasets.Features({"img": datasets.Image(), **kinds})
+        for split, size in (("train", 4), ("test", 2)):
+            rows = [{"img": {"bytes": png(i), "path": None}, **dict.fromkeys(kinds, i % 2)} for i in range(size)]
+            table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
+            (tmp_path / "set" / "data").mkdir(parents=True, exist_ok=True)
+            parquet.write_table(table, tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
+        source = f"hfds/{tmp_path / 'set'}"
+        if len(kinds) > 1:
+            with pytest.raises(DataNotFoundError, match="fine_label or coarse_label"):
+                open_data(source)
+            source += ",label=coarse_label"
+        data = open_data(source, image_size=(8, 8))
+        assert data.classes == ("cat", "dog") and (len(data.train), len(data.test)) == (4, 2)
+        assert next(data.test.batches(torch.arange(2), 2))[1].tolist() == [0, 1]
 
 
 def test_digits_are_split_without_overlap_of_train_and_test() -> None:
@@ -221,7 +368,7 @@ class TestFolder:
             open_data(tmp_path)
 
     def test_unknown_source_names_the_built_in_sets(self) -> None:
-        with pytest.raises(DataNotFoundError, match="fashion-mnist, digits"):
+        with pytest.raises(DataNotFoundError, match="fashion-mnist, fashion-mnist-part, digits"):
             open_data("no-such-set")
 
 

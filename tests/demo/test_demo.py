@@ -1,6 +1,7 @@
 """The demo, at a size that takes seconds: all its files, and numbers that hang together."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 
 from equiflop.benchmark.timing import throughput_in_turns
-from equiflop.classify import load_model
-from equiflop.data import DataNotFoundError, open_data
+from equiflop.classify import ClassifierTrainer, TrainConfig, load_model
+from equiflop.classify.recipe import load_recipe
+from equiflop.data import fashion_mnist, open_data
 from equiflop.demo import DemoSettings, comparison, run_demo
 from equiflop.demo.results import E_NAME, PLAIN_NAME, format_table
 from equiflop.files import sole_user
@@ -18,11 +20,11 @@ from equiflop.training import TrainingInterrupted
 from test_data import write_fashion_mnist
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
 
 
 def quick(out: Path, **changes: object) -> DemoSettings:
-    settings = {"epochs": 1, "width": 32, "depth": 1, "compile": False, "full_size": False, "device": "cpu"}
+    sizes = {"embed_dim": 32, "depth": 1}
+    settings = {"epochs": 1, "model_kwargs": sizes, "compile": False, "full_size": False, "device": "cpu"}
     return DemoSettings(out=str(out), rounds=1, seconds=0.0, **{**settings, **changes})  # type: ignore[arg-type]
 
 
@@ -47,22 +49,61 @@ def test_whole_demo(tmp_path: Path) -> None:
 
 
 def test_both_networks_see_the_same_recipe(tmp_path: Path) -> None:
-    equivariant, plain = comparison._trainers(quick(tmp_path), open_data("digits"))
+    settings = quick(tmp_path, data="fashion-mnist-part")
+    equivariant, plain = comparison._trainers(settings, load_recipe("demo"), open_data("fashion-mnist-part"))
     assert equivariant.config.differences(plain.config) == ["model"]
 
 
-def test_without_fashion_mnist_it_says_so_and_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_digits_only(source: str) -> object:
-        if source == "fashion-mnist":
-            raise DataNotFoundError("Fashion-MNIST is nowhere")
-        return open_data(source)
+def test_the_recipe_is_what_the_demo_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """equiflop train --recipe demo trains the same: nothing that decides the result differs."""
+    nowhere(monkeypatch, tmp_path)
+    found: list[TrainConfig] = []
 
-    monkeypatch.setattr(comparison, "open_data", open_digits_only)
+    def stop(equivariant: ClassifierTrainer, plain: ClassifierTrainer, say: object) -> None:
+        found.append(equivariant.config)
+        raise TrainingInterrupted(tmp_path, 0, 0, 2)
+
+    monkeypatch.setattr(comparison, "_train_in_turns", stop)
+    with pytest.raises(TrainingInterrupted):
+        run_demo(DemoSettings(out=str(tmp_path), device="cpu"), str)
+    recipe = TrainConfig.from_dict({**load_recipe("demo"), "out": str(tmp_path), "device": "cpu"})
+    assert found[0].differences(recipe) == [] and recipe.data == "fashion-mnist-part"
+
+
+def nowhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Without the whole set, and without a network."""
+    monkeypatch.setattr(fashion_mnist, "_DEBIAN", folder / "nothing")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "nothing"))
+    monkeypatch.setattr(socket, "socket", None)
+
+
+@pytest.mark.slow
+def test_without_data_and_network_it_trains_on_what_comes_with_equiflop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere(monkeypatch, tmp_path)
     lines: list[str] = []
     results = run_demo(quick(tmp_path), lines.append)
-    text = "\n".join(lines)
-    assert results.data == "digits" and not results.symmetric
-    assert "nowhere" in text and "smoke run" in text and "no claim about accuracy" in text
+    assert results.data == "Fashion-MNIST (part)" and results.rows[0].evaluation.images == 5000
+    assert results.rows[0].evaluation.top1 > 0.3 and results.rows[0].evaluation.changed == 0
+    assert "from equiflop, 12,000 images to train on, 5,000 to test on" in lines[0]
+
+
+def test_the_whole_set_is_used_where_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write_fashion_mnist(tmp_path / "equiflop" / "FashionMNIST" / "raw", 640, 50, suffix="")
+    monkeypatch.setattr(fashion_mnist, "_DEBIAN", tmp_path / "nothing")
+    results = run_demo(quick(tmp_path / "out"), str)
+    assert results.data == "Fashion-MNIST" and results.settings["data"] == "fashion-mnist"
+
+
+@pytest.mark.parametrize(("size", "epochs"), [(100, 16), (12_000, 16), (60_000, 3), (10**7, 1)])
+def test_a_larger_set_takes_fewer_epochs(size: int, epochs: int) -> None:
+    class Images:
+        train = range(size)
+
+    recipe = {"epochs": 16, "data": "fashion-mnist-part"}
+    assert comparison._epochs(recipe, Images) == epochs  # type: ignore[arg-type]
 
 
 def test_an_interrupted_demo_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from torch import nn
 
 import equiflop
 from equiflop.classify import ModelSpec
 from equiflop.classify.weights import save_weights
+from equiflop.cli.main import main
 from equiflop.data import Preprocessing, open_data
 from equiflop.deploy import Exported, ExportError, export, proof
 from equiflop.deploy.export import _plain_of
@@ -303,6 +305,30 @@ def test_what_is_refused(arguments: dict[str, Any], message: str, tmp_path: Path
     with pytest.raises(ValueError, match=message) as error:
         export(path=tmp_path / name, **options)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("fails", "word"), [("load", "read"), ("run", "run")])
+def test_what_the_runtime_raises_is_one_line(
+    fails: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its class: runtimes have exceptions of their own."""
+
+    class OtherError(Exception):
+        pass
+
+    def fail(*arguments: object) -> None:
+        raise OtherError("no kernel for Attention(23)\nat node 7")
+
+    target = type(TARGETS["onnx"])
+    monkeypatch.setattr(target, "load", fail if fails == "load" else lambda *arguments: fail)
+    small = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    result = CliRunner().invoke(main, ["export", VIT, *small, "-o", str(tmp_path / "net.onnx"), "--images", "2"])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert f"the runtime cannot {word} the file: no kernel for Attention(23); nothing was written" in result.stderr
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("EQUIFLOP_DEBUG", "1")
+    raised = CliRunner().invoke(main, ["export", VIT, *small, "-o", str(tmp_path / "net.onnx"), "--images", "2"])
+    assert isinstance(raised.exception, ValueError) and isinstance(raised.exception.__cause__, OtherError)
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ def test_overrides_replace_what_was_read() -> None:
     instead = twin("vit_base_patch16_siglip_224", global_pool="avg", device="meta", depth=1)
     assert instead.attn_pool is None and isinstance(instead.norm, nn.Identity)
     assert twin("eva02_small_patch14_224", "flop", depth=1, device="meta", norm_eps=1e-3).blocks[0].norm1.eps == 1e-3
-    with pytest.raises(ValueError, match=r"override num_clases=5 is unknown; did you mean num_classes\?"):
+    with pytest.raises(ValueError, match=r"takes no num_clases=5; did you mean num_classes"):
         twin("vit_small_patch16_224", num_clases=5)
     with pytest.raises(ValueError, match="override design='hybrid' is for twins of a VisionTransformer, not of a Eva"):
         twin("eva02_small_patch14_224", design="hybrid")

@@ -79,8 +79,8 @@ def assert_same_outcome(one: ClassifierTrainer, other: ClassifierTrainer) -> Non
         assert torch.equal(a, b)
     timing = {"seconds", "samples_per_second"}
     for mine, theirs in zip(one.history, other.history, strict=True):
-        a, b = mine.to_dict(), theirs.to_dict()
-        assert a.keys() == b.keys() and all(a[key] == b[key] for key in a.keys() - timing)
+        ours, others = mine.to_dict(), theirs.to_dict()
+        assert ours.keys() == others.keys() and all(ours[key] == others[key] for key in ours.keys() - timing)
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,8 @@ def the_command(name: str) -> ModuleType:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_the_files_can_be_made_anew(tmp_path: Path) -> None:
     data = str(write_fashion_mnist(tmp_path / "data", 640, 300))
-    size: dict[str, Any] = {"epochs": 1, "width": 32, "depth": 1, "rounds": 1, "seconds": 0.0}
+    sizes = {"embed_dim": 32, "depth": 1}
+    size: dict[str, Any] = {"epochs": 1, "model_kwargs": sizes, "rounds": 1, "seconds": 0.0}
     plainly: dict[str, Any] = {"compile": False, "full_size": False, "device": "cpu"}
     run_demo(DemoSettings(data=data, out=str(tmp_path / "demo"), **size, **plainly), lambda line: None)
     made = the_command("make_models").make(tmp_path / "demo", tmp_path / "models", None, lambda line: None)

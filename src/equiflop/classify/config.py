@@ -25,8 +25,8 @@ class TrainConfig(RunConfig):
     model: str = field(metadata={"help": "A name that timm knows, such as flop_deit3_small_patch16_224."})
     data: str = field(
         metadata={
-            "help": "fashion-mnist, digits, a folder with train/CLASS/* and test/CLASS/*, or timm's name of a data set "
-            "such as torch/cifar10, hfds/NAME or wds/FOLDER."
+            "help": "fashion-mnist, fashion-mnist-part, digits, a folder with train/CLASS/* and test/CLASS/*, or "
+            "timm's name of a data set such as torch/cifar10, hfds/NAME or wds/FOLDER."
         }
     )
     model_kwargs: dict[str, Any] = setting({}, "Keywords of the model.")

@@ -14,6 +14,7 @@ from torch import nn
 
 from equiflop.data import Preprocessing
 from equiflop.models.entry_points import TWIN
+from equiflop.models.keywords import keyword_problem
 from equiflop.models.twin import twin
 from equiflop.timm_compat import get_model_input_config
 
@@ -53,7 +54,8 @@ def create_model(name: str, kwargs: Mapping[str, Any], pretrained: bool = False)
     except AssertionError as error:
         raise ValueError(f"model {name!r} cannot be made with {dict(kwargs)}: {error}") from error
     except TypeError as error:
-        raise TypeError(f"model {name!r} cannot be made with {dict(kwargs)}: {error}") from error
+        problem = keyword_problem(name, kwargs, error)
+        raise TypeError(problem or f"model {name!r} cannot be made with {dict(kwargs)}: {error}") from error
 
 
 def check_takes(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from equiflop.cli.completion import complete_models
 from equiflop.cli.options import ImageSize, KeyValue, device_option, json_option
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ _HEADER = f"{'network':<38}{'params M':>9}{'MACs G':>9}{'ms':>10}{'images/s':>10
 
 
 @click.command(name="bench")
-@click.argument("models", nargs=-1)
+@click.argument("models", nargs=-1, shell_complete=complete_models)
 @click.option(
     "--mode",
     "modes",

@@ -7,12 +7,17 @@ from typing import Any
 
 import click
 
+from equiflop.cli.completion import complete_groups, complete_models
 from equiflop.cli.options import ImageSize, KeyValue, json_option
 
 
 @click.command(name="check")
-@click.argument("model", metavar="MODEL")
-@click.option("--group", help="Group to try: flop, updown, flips, rot4 or octic. Default: the model's own, else flop.")
+@click.argument("model", metavar="MODEL", shell_complete=complete_models)
+@click.option(
+    "--group",
+    shell_complete=complete_groups,
+    help="Group to try: flop, updown, flips, rot4 or octic. Default: the model's own, else flop.",
+)
 @click.option("--checkpoint", type=click.Path(), help="Check these weights as they are, not random ones.")
 @click.option("--img-size", type=ImageSize(), help="Image size, such as 224 or 256x192. Default: the model's own.")
 @click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from equiflop.cli.completion import complete_equivariant_models
 from equiflop.cli.options import KeyValue
 
 if TYPE_CHECKING:
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 @click.command(name="convert")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
-@click.option("--model", "name", help="Which of our models it is.  [default: recognised by keys and shapes]")
+@click.option(
+    "--model",
+    "name",
+    shell_complete=complete_equivariant_models,
+    help="Which of our models it is.  [default: recognised by keys and shapes]",
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The .safetensors file to write.")
 @click.option("--set", "settings", type=KeyValue(), multiple=True, help="A keyword of the model, such as num_heads=8.")
 def command(source: Path, name: str | None, output: Path, settings: tuple[tuple[str, Any], ...]) -> None:

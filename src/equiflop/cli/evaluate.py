@@ -6,13 +6,22 @@ import json
 
 import click
 
+from equiflop.cli.completion import complete_data, complete_files, complete_models
 from equiflop.cli.options import device_option, json_option, workers_option
 
 
 @click.command(name="eval")
-@click.argument("checkpoint", required=False)
-@click.option("--data", help="Data set to measure on: its test images.  [default: the one it was trained on]")
-@click.option("--model", help="In place of CHECKPOINT, with --pretrained: timm's name of a model.")
+@click.argument("checkpoint", required=False, shell_complete=complete_files)
+@click.option(
+    "--data",
+    shell_complete=complete_data,
+    help="Data set to measure on: its test images.  [default: the one it was trained on]",
+)
+@click.option(
+    "--model",
+    shell_complete=complete_models,
+    help="In place of CHECKPOINT, with --pretrained: timm's name of a model.",
+)
 @click.option(
     "--pretrained", is_flag=True, help="Use timm's weights of --model (downloads them), ours from $EQUIFLOP_WEIGHTS."
 )

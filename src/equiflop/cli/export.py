@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from equiflop.cli.completion import complete_data, complete_models_or_files
 from equiflop.cli.options import ImageSize, KeyValue, json_option
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="export")
-@click.argument("model", metavar="MODEL_OR_RUN")
+@click.argument("model", metavar="MODEL_OR_RUN", shell_complete=complete_models_or_files)
 @click.option(
     "--to",
     type=click.Choice(["onnx", "openvino", "torch-export", "aoti", "executorch"]),
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
 )
 @click.option("-o", "--output", type=click.Path(), required=True, help="The file, ending in .onnx, .xml, .pt2 or .pte.")
 @click.option("--img-size", type=ImageSize(), help="Image size, such as 224 or 256x192. Default: the model's own.")
-@click.option("--data", help="Data set: its test images are compared, training images give int8 its ranges.")
+@click.option(
+    "--data",
+    shell_complete=complete_data,
+    help="Data set: its test images are compared, training images give int8 its ranges.",
+)
 @click.option("--dynamic-batch", is_flag=True, help="Take batches of any size.")
 @click.option("--dynamic-size", is_flag=True, help="Take images of any size, where the model does.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Without --dynamic-batch.")

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
+from equiflop.cli.completion import complete_models
 from equiflop.cli.options import ImageSize, json_option
 
 
 @click.command(name="models")
-@click.argument("pattern", default="*")
+@click.argument("pattern", default="*", shell_complete=complete_models)
 @click.option("--img-size", type=ImageSize(), default="224", show_default=True, help="Image size for the MACs.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table, as in docs/models.md.")
 @json_option

@@ -7,9 +7,15 @@ from typing import Any
 
 import click
 
+from equiflop.cli.completion import complete_devices
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 device_option = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or mps, or one of several such as cuda:1."
+    "--device",
+    default="auto",
+    show_default=True,
+    shell_complete=complete_devices,
+    help="auto, cpu, cuda or mps, or one of several such as cuda:1.",
 )
 workers_option = click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode image files."

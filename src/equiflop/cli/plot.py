@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from equiflop.cli.completion import complete_files
+
 
 @click.command(name="plot")
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", nargs=-1, required=True, shell_complete=complete_files)
 @click.option("--output", default="runs.png", show_default=True, help="Image file: .png, .svg or .pdf.")
 def command(runs: tuple[str, ...], output: str) -> None:
     """Compare RUNS: loss and accuracy by epoch, accuracy by training time, and the best accuracy of each.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
+from equiflop.cli.completion import complete_files, complete_models
 from equiflop.cli.options import device_option, json_option
 
 if TYPE_CHECKING:
@@ -16,15 +18,25 @@ if TYPE_CHECKING:
 
 @click.command(name="predict")
 @click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("--checkpoint", help="What equiflop train wrote: a run's folder, model.safetensors or a checkpoint.")
-@click.option("--model", help="In place of --checkpoint, with --pretrained: timm's name of a model.")
+@click.option(
+    "--checkpoint",
+    shell_complete=complete_files,
+    help="What equiflop train wrote: a run's folder, model.safetensors or a checkpoint.",
+)
+@click.option(
+    "--model",
+    shell_complete=complete_models,
+    help="In place of --checkpoint, with --pretrained: timm's name of a model.",
+)
 @click.option(
     "--pretrained", is_flag=True, help="Use timm's weights of --model (downloads them), ours from $EQUIFLOP_WEIGHTS."
 )
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes to name.")
 @device_option
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     images: tuple[str, ...],
     checkpoint: str | None,
     model: str | None,
@@ -35,7 +47,8 @@ def command(
 ) -> None:
     """Say what is on IMAGES, and whether the answer is the same for their mirror images.
 
-    An equivariant model gives the same probabilities for both; a plain one does not.
+    An equivariant model gives the same probabilities for both; a plain one does not. An image that cannot be read is
+    named, and the exit code is 2, after the others.
 
     \b
     Examples:
@@ -53,13 +66,23 @@ def command(
     chosen = pick_device(device)
     classifier = Classifier.from_file(checkpoint) if checkpoint is not None else Classifier.from_timm(str(model))
     predictions = []
+    failed = False
     for image in images:
-        prediction = predict(classifier, image, chosen, top)
+        try:
+            prediction = predict(classifier, image, chosen, top)
+        except ValueError as error:
+            if not classifier.classes or os.environ.get("EQUIFLOP_DEBUG"):
+                raise
+            failed = True
+            click.echo(f"equiflop: {error}", err=True)
+            continue
         predictions.append(prediction)
         if not as_json:
             _show(prediction)
     if as_json:
         click.echo(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
+    if failed:
+        ctx.exit(2)
 
 
 def _show(prediction: Prediction) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from equiflop.cli.completion import complete_data
 from equiflop.cli.options import device_option, workers_option
 
 if TYPE_CHECKING:
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--licence", "--license", help="Of the weights, by its identifier on the hub, such as apache-2.0.")
-@click.option("--data", help="Measure accuracy on its test images.  [default: what training noted in its log]")
+@click.option(
+    "--data",
+    shell_complete=complete_data,
+    help="Measure accuracy on its test images.  [default: what training noted in its log]",
+)
 @click.option("--push", "repository", metavar="OWNER/NAME", help="Also upload the folder, into this repository.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images at once.")
 @device_option

@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from equiflop.cli.completion import (
+    complete_data,
+    complete_devices,
+    complete_files,
+    complete_models,
+    complete_models_or_files,
+    complete_recipes,
+)
 from equiflop.cli.options import ImageSize, KeyValue, json_option
 
 if TYPE_CHECKING:
@@ -18,6 +26,14 @@ if TYPE_CHECKING:
 
 #: Options that are not simply named after a field of the configuration.
 _NAMES = {"image_size": "--img-size", "model_kwargs": "--set"}
+#: What the shell offers for the others.
+_COMPLETE = {
+    "data": complete_data,
+    "device": complete_devices,
+    "out": complete_files,
+    "start_from": complete_files,
+    "teacher": complete_models_or_files,
+}
 
 
 class TrainCommand(click.Command):
@@ -45,12 +61,16 @@ def _option(name: str, default: Any, text: str) -> click.Option:
     shown = name == "out" or (default not in ("", None, MISSING) and not isinstance(default, dict))
     note = f"  [default: {'runs/MODEL' if name == 'out' else default}]" if shown else ""
     kind = int if name == "channels" else str if default is MISSING else type(default)
-    return click.Option([flag, name], type=kind, help=text + note)
+    return click.Option([flag, name], type=kind, help=text + note, shell_complete=_COMPLETE.get(name))
 
 
 @click.command(name="train", cls=TrainCommand)
-@click.argument("model", required=False)
-@click.option("--recipe", help="Start from a recipe's options: its name (--list-recipes), or a YAML file.")
+@click.argument("model", required=False, shell_complete=complete_models)
+@click.option(
+    "--recipe",
+    shell_complete=complete_recipes,
+    help="Start from a recipe's options: its name (--list-recipes), or a YAML file.",
+)
 @click.option("--list-recipes", is_flag=True, help="List the recipes and stop.")
 @click.option(
     "--resume",
@@ -86,14 +106,15 @@ def command(
     As published, with 8 processes on 8 GPUs:
       torchrun --nproc-per-node 8 -m equiflop train --recipe deit3-base --data imagenet
     """
+    if list_recipes:
+        _list_recipes()
+        return
+    config = _configuration(model, recipe, amp, given)
     from equiflop.classify import ClassifierTrainer
     from equiflop.runtime.processes import leave
     from equiflop.training import TrainingInterrupted
 
-    if list_recipes:
-        _list_recipes()
-        return
-    trainer = ClassifierTrainer(_configuration(model, recipe, amp, given))
+    trainer = ClassifierTrainer(config)
     start = trainer.resume() if resume == "auto" else None
     if resume == "never":
         trainer.start_anew()
@@ -113,6 +134,7 @@ def command(
 def _configuration(model: str | None, recipe: str | None, amp: bool, given: dict[str, Any]) -> Any:
     from equiflop.classify import TrainConfig
     from equiflop.classify.recipe import load_recipe
+    from equiflop.data.names import BUILT_IN
 
     options: dict[str, Any] = load_recipe(recipe) if recipe else {}
     keywords = dict(given.pop("model_kwargs") or ())
@@ -126,7 +148,7 @@ def _configuration(model: str | None, recipe: str | None, amp: bool, given: dict
     if options["model"] is None:
         raise click.UsageError("give MODEL, or --recipe NAME with one")
     if "data" not in options:
-        raise click.UsageError("give --data: fashion-mnist, digits, a folder, or timm's name of a data set")
+        raise click.UsageError(f"give --data: {', '.join(BUILT_IN)}, a folder, or timm's name of a data set")
     options.setdefault("out", str(Path("runs") / str(options["model"])))
     return TrainConfig.from_dict(options)
 

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 
-from equiflop.data.idx import find_idx, read_labelled_images
+from equiflop.data import fashion_mnist, hugging_face
+from equiflop.data.idx import read_labelled_images
+from equiflop.data.names import BUILT_IN, PREFIXES, DataNotFoundError
 from equiflop.data.sources import DatasetImages, FolderImages, ShardImages
 from equiflop.data.splits import ImageSplit, MemorySplit, Preprocessing, Split
+from equiflop.extras import check_installed
+from equiflop.files import cache_folder
 
-#: Names of the built-in sets, and what they are.
-BUILT_IN = {
-    "fashion-mnist": "70,000 grey pictures of clothing, 28x28 pixels, 10 classes",
-    "digits": "1,797 handwritten digits inside scikit-learn, 8x8 pixels enlarged to 28x28, 10 classes",
-}
-
-_CLOTHING = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
-_FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-_FASHION_MNIST_FILE = "train-images-idx3-ubyte"
-_DOWNLOAD_TIMEOUT_S = 20.0
 _TRAIN_FOLDERS = ("train", "training")
 _TEST_FOLDERS = ("test", "val", "validation", "valid", "eval")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class DataNotFoundError(ValueError):
-    """A data set is nowhere to be found (as opposed to: found, but damaged)."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +57,12 @@ def open_data(
 
     A folder holds either Fashion-MNIST's four idx files (plain or ``.gz``), or images as ``train/CLASS/*`` and
     ``test/CLASS/*`` (``val``, ``valid`` and ``validation`` are also understood). Besides, timm's names:
-    ``torch/NAME`` of torchvision, ``hfds/NAME`` of Hugging Face, and ``wds/FOLDER`` with WebDataset's tar files.
+    ``torch/NAME`` of torchvision, ``hfds/NAME`` of Hugging Face (``hfds/NAME,image=COLUMN,label=COLUMN`` where the
+    columns' names or types do not say which is which), and ``wds/FOLDER`` with WebDataset's tar files.
 
     Args:
-        source: ``"fashion-mnist"``, ``"digits"``, one of timm's names, or the path of a folder (``./digits`` for a
-            folder of that name).
+        source: ``"fashion-mnist"``, ``"fashion-mnist-part"`` (what comes with equiflop), ``"digits"``, one of timm's
+            names, or the path of a folder (``./digits`` for a folder of that name).
         image_size: (height, width) of the network's input; by default 28x28 for built-in sets and 224x224 for folders.
         channels: 1 (grey) or 3; by default 1 for built-in sets and 3 for folders.
         preprocessing: all of it, in place of ``image_size`` and ``channels``: what a trained network expects.
@@ -84,14 +70,18 @@ def open_data(
     Raises:
         DataNotFoundError: if there is no such set or folder.
         ValueError: if files are damaged or missing.
+        ImportError: if a package is missing that reads the set.
     """
     if preprocessing is not None:
         channels, image_size = preprocessing.input_size[0], preprocessing.input_size[1:]
     if channels not in (None, 1, 3):
         raise ValueError(f"channels={channels}: images have 1 or 3")
     small = _grey_preprocessing(image_size or (28, 28), channels or 1)
+    clothes = preprocessing or small(fashion_mnist.MEAN, fashion_mnist.STD)
     if source == "fashion-mnist":
-        return _fashion_mnist(_find_fashion_mnist(), preprocessing or small(0.2860, 0.3530))
+        return _fashion_mnist(fashion_mnist.fetch_whole(), clothes)
+    if source == "fashion-mnist-part":
+        return _fashion_mnist_part(clothes)
     if source == "digits":
         return _digits(preprocessing or small(0.3053, 0.3760))
     photos = preprocessing or _photo_preprocessing(image_size or (224, 224), channels or 3)
@@ -102,10 +92,14 @@ def open_data(
         return _shards(_existing_folder(rest), photos)
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        raise DataNotFoundError(f"data={str(source)!r} is neither a folder nor a built-in set ({', '.join(BUILT_IN)})")
-    idx_folder = _idx_folder(folder)
-    if idx_folder is not None:
-        return _fashion_mnist(idx_folder, preprocessing or small(0.2860, 0.3530))
+        raise DataNotFoundError(
+            f"data={str(source)!r} is neither a folder nor a built-in set ({', '.join(BUILT_IN)}); what else works: "
+            + "; ".join(f"{prefix}{what}" for prefix, what in PREFIXES.items())
+            + (". Unpack the file and give the folder" if folder.exists() else "")
+        )
+    found = fashion_mnist.idx_folder(folder)
+    if found is not None:
+        return _fashion_mnist(found, clothes)
     return _image_folder(folder, photos)
 
 
@@ -118,62 +112,27 @@ def _existing_folder(path: str) -> Path:
 
 def _fashion_mnist(folder: Path, preprocessing: Preprocessing) -> ImageData:
     train, test = (
-        MemorySplit(_with_channels(images, preprocessing), labels, preprocessing)
-        for images, labels in (read_labelled_images(folder, prefix, len(_CLOTHING)) for prefix in ("train", "t10k"))
+        _in_memory(*read_labelled_images(folder, prefix, len(fashion_mnist.CLASSES)), preprocessing)
+        for prefix in ("train", "t10k")
     )
-    return ImageData("Fashion-MNIST", str(folder), _CLOTHING, train, test)
+    return ImageData("Fashion-MNIST", str(folder), fashion_mnist.CLASSES, train, test)
 
 
-def _idx_folder(folder: Path) -> Path | None:
-    """The folder itself or the place where torchvision puts the files below it, whichever holds the idx files."""
-    places = (folder, folder / "raw", folder / "FashionMNIST" / "raw")
-    return next((place for place in places if find_idx(place, _FASHION_MNIST_FILE)), None)
-
-
-def _find_fashion_mnist() -> Path:
-    """Debian's package ``dataset-fashion-mnist``, else torchvision's download (once, into the user's cache)."""
-    cache = _cache()
-    for place in (_FASHION_MNIST_DEBIAN, cache):
-        found = _idx_folder(place)
-        if found is not None:
-            return found
-    from torchvision.datasets import FashionMNIST
-
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)
-    try:
-        FashionMNIST(str(cache), download=True)
-    except (URLError, OSError, RuntimeError) as error:
-        raise DataNotFoundError(
-            f"Fashion-MNIST is neither in {_FASHION_MNIST_DEBIAN} (Debian's package dataset-fashion-mnist) nor in "
-            f"{cache}, and could not be downloaded ({error}); give its folder"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(previous)
-    found = _idx_folder(cache)
-    if found is None:
-        raise DataNotFoundError(f"torchvision's download left no Fashion-MNIST in {cache}")
-    return found
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "equiflop"
+def _fashion_mnist_part(preprocessing: Preprocessing) -> ImageData:
+    train, test = (_in_memory(*part, preprocessing) for part in fashion_mnist.read_part())
+    return ImageData("Fashion-MNIST (part)", "equiflop", fashion_mnist.CLASSES, train, test)
 
 
 def _digits(preprocessing: Preprocessing) -> ImageData:
     """The digits of scikit-learn: every fifth image is for testing."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataNotFoundError('data="digits" needs scikit-learn: pip install "equiflop[demo]"') from error
+    check_installed("sklearn", "digits", "data='digits'")
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).long()
     held_out = torch.arange(len(labels)) % 5 == 4
-    train, test = (
-        MemorySplit(_with_channels(images[part], preprocessing), labels[part], preprocessing)
-        for part in (~held_out, held_out)
-    )
+    train, test = (_in_memory(images[part], labels[part], preprocessing) for part in (~held_out, held_out))
     return ImageData("digits", "scikit-learn", tuple("0123456789"), train, test)
 
 
@@ -212,25 +171,34 @@ def _words(path: Path) -> set[str]:
     return set(re.split("[^a-z]+", str(path).lower()))
 
 
-def _timm_dataset(name: str, preprocessing: Preprocessing) -> ImageData:
+def _timm_dataset(source: str, preprocessing: Preprocessing) -> ImageData:
     """A data set of torchvision (``torch/``) or Hugging Face (``hfds/``), downloaded once into the user's cache."""
     from timm.data import create_dataset
 
-    cache = _cache() / name.replace("/", "-")
+    name, named = source, dict[str, str]()
+    if source.startswith("hfds/"):
+        check_installed("datasets", "hfds", f"data={source!r}")
+        name, named = hugging_face.split_name(source)
+    cache = cache_folder() / name.replace("/", "-")
     splits = []
     tests: tuple[str, ...] = ("validation", "test") if name.startswith("hfds/") else ("validation",)
     for candidates in (("train",), tests):
         for split in candidates:
             try:
+                columns = _columns(name, named, split, cache, source) if name.startswith("hfds/") else {}
                 dataset = create_dataset(
-                    name, root=str(cache), split=split, is_training=split == "train", download=True
+                    name, root=str(cache), split=split, is_training=split == "train", download=True, **columns
                 )
                 break
+            except DataNotFoundError:
+                raise
             except ImportError as error:
-                raise DataNotFoundError(f"data={name!r} needs another package: {error}") from error
+                raise DataNotFoundError(f"data={source!r} needs another package: {error}") from error
             except Exception as error:  # whatever timm, torchvision or the hub raise, the data set cannot be had
                 if split == candidates[-1]:
-                    raise DataNotFoundError(f"data={name!r} cannot be opened by timm ({_first_line(error)})") from error
+                    raise DataNotFoundError(
+                        f"data={source!r} cannot be opened by timm ({_first_line(error)})"
+                    ) from error
         splits.append(DatasetImages(dataset, _labels_of(dataset, name), f"{name} {split}"))
     dataset = splits[0].dataset
     class_to_idx = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
@@ -238,6 +206,13 @@ def _timm_dataset(name: str, preprocessing: Preprocessing) -> ImageData:
     names = names or range(max(splits[0].labels) + 1)
     train, test = (ImageSplit(source, preprocessing) for source in splits)
     return ImageData(name, str(cache), tuple(map(str, names)), train, test)
+
+
+def _columns(name: str, named: dict[str, str], split: str, cache: Path, source: str) -> dict[str, str]:
+    from datasets import load_dataset
+
+    features = load_dataset(name.partition("/")[2], split=split, cache_dir=str(cache)).features
+    return hugging_face.find_columns(features, named, source)
 
 
 def _labels_of(dataset: Any, name: str) -> list[int]:
@@ -278,5 +253,5 @@ def _photo_preprocessing(image_size: tuple[int, int], channels: int) -> Preproce
     return Preprocessing((1, *image_size), (sum(_IMAGENET_MEAN) / 3,), (sum(_IMAGENET_STD) / 3,), crop_pct=0.9)
 
 
-def _with_channels(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    return images.expand(-1, preprocessing.input_size[0], -1, -1)
+def _in_memory(images: torch.Tensor, labels: torch.Tensor, preprocessing: Preprocessing) -> MemorySplit:
+    return MemorySplit(images.expand(-1, preprocessing.input_size[0], -1, -1), labels, preprocessing)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from equiflop.benchmark.timing import throughput_in_turns
 from equiflop.classify import ClassifierTrainer, MirrorAveraged, TrainConfig, evaluate
+from equiflop.classify.recipe import load_recipe
 from equiflop.counting import macs
-from equiflop.data import DataNotFoundError, ImageData, open_data
+from equiflop.data import ImageData, open_data
+from equiflop.data.fashion_mnist import find_whole
 from equiflop.demo.picture import Example, draw_picture
 from equiflop.demo.results import (
     AVERAGED_NAME,
@@ -33,29 +36,25 @@ from equiflop.runtime.interrupt import StopRequest
 from equiflop.runtime.progress import Progress, format_seconds
 from equiflop.training import CheckpointError
 
-_MODEL = "flop_deit3_tiny_patch16_224"
+_RECIPE = "demo"
 _FULL_SIZE_MODEL = "flop_deit3_small_patch16_224"
 _FULL_SIZE_BATCH = 8
 _EVALUATION_BATCH = 250
 _EXAMPLES = 6
-_WARMUP_EPOCHS = 0.2
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo does; the recipe is the same for both networks.
+    """What the demo does with its recipe, ``classify/recipes/demo.yaml``, which is the same for both networks.
 
     Attributes:
-        data: name or folder of a data set; None for Fashion-MNIST, or the digits where there is none.
+        data: name or folder of a data set; None for Fashion-MNIST: the whole set where it is found, else the part that
+            comes with equiflop. Nothing is downloaded unless a name asks for it.
         out: folder for the results.
-        epochs: passes over the training images.
+        epochs: passes over the training images; None for the recipe's, or as many fewer as a larger set needs for the
+            same number of images.
         seed: decides initialisation, order and augmentation.
-        width: channels of a token.
-        depth: blocks.
-        heads: attention heads.
-        patch: height and width of a patch in pixels.
-        batch_size: images a step.
-        lr: peak learning rate.
+        model_kwargs: keywords of both models that go before the recipe's.
         compile: use ``torch.compile`` where it works.
         full_size: also measure the throughput of a full-size pair at 224 pixels.
         device: where to compute.
@@ -65,14 +64,9 @@ class DemoSettings:
 
     data: str | None = None
     out: str = "demo-output"
-    epochs: int = 4
+    epochs: int | None = None
     seed: int = 0
-    width: int = 192
-    depth: int = 2
-    heads: int = 4
-    patch: int = 7
-    batch_size: int = 64
-    lr: float = 1e-3
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     compile: bool = True
     full_size: bool = True
     device: str = "auto"
@@ -93,9 +87,13 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = print) -> De
         OSError: if a file cannot be written.
     """
     started = time.perf_counter()
-    settings, data = _open_data(settings, say)
+    recipe = load_recipe(_RECIPE)
+    source = settings.data or ("fashion-mnist" if find_whole() is not None else str(recipe["data"]))
+    data = open_data(source)
+    say(f"Data: {data.name} from {data.origin}, {len(data.train):,} images to train on, {len(data.test):,} to test on")
+    settings = replace(settings, data=source, epochs=settings.epochs or _epochs(recipe, data))
     settings = _compile_if_possible(settings, say)
-    equivariant, plain = _trainers(settings, data)
+    equivariant, plain = _trainers(settings, recipe, data)
     _train_in_turns(equivariant, plain, say)
 
     progress = Progress("measuring")
@@ -117,8 +115,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = print) -> De
     counts[AVERAGED_NAME] = (counts[PLAIN_NAME][0], 2 * counts[PLAIN_NAME][1])
     results = DemoResults(
         data=data.name,
-        symmetric=data.name != "digits",
-        settings=asdict(settings),
+        settings={**asdict(settings), "training": equivariant.config.to_dict()},
         compiled=settings.compile,
         seconds=time.perf_counter() - started,
         rows=tuple(Row(name, *counts[name], evaluations[name], rates[name]) for name in models),  # type: ignore[arg-type]
@@ -129,20 +126,10 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = print) -> De
     return results
 
 
-def _open_data(settings: DemoSettings, say: Callable[[str], object]) -> tuple[DemoSettings, ImageData]:
-    """The data, and the settings with their source filled in."""
-    source = settings.data or "fashion-mnist"
-    try:
-        data = open_data(source)
-    except DataNotFoundError as error:
-        if settings.data is not None:
-            raise
-        say(f"{error}")
-        say("Using scikit-learn's handwritten digits: a smoke run without any claim about accuracy.")
-        source = "digits"
-        data = open_data(source)
-    say(f"Data: {data.name} from {data.origin}, {len(data.train):,} images to train on, {len(data.test):,} to test on")
-    return replace(settings, data=source), data
+def _epochs(recipe: dict[str, Any], data: ImageData) -> int:
+    """The recipe's, or fewer: as many images in all as the recipe takes of its own data, on a larger set."""
+    images = int(recipe["epochs"]) * len(open_data(recipe["data"]).train)
+    return min(int(recipe["epochs"]), max(1, round(images / len(data.train))))
 
 
 def _compile_if_possible(settings: DemoSettings, say: Callable[[str], object]) -> DemoSettings:
@@ -155,32 +142,21 @@ def _compile_if_possible(settings: DemoSettings, say: Callable[[str], object]) -
     return replace(settings, compile=False)
 
 
-def _trainers(settings: DemoSettings, data: ImageData) -> tuple[ClassifierTrainer, ClassifierTrainer]:
-    twin, overrides = plain_twin(_MODEL)
-    keywords = {
-        "patch_size": settings.patch,
-        "embed_dim": settings.width,
-        "depth": settings.depth,
-        "num_heads": settings.heads,
-        "class_token": False,
-        "global_pool": "avg",
-        "init_values": 1.0,
+def _trainers(
+    settings: DemoSettings, recipe: dict[str, Any], data: ImageData
+) -> tuple[ClassifierTrainer, ClassifierTrainer]:
+    twin, overrides = plain_twin(recipe["model"])
+    keywords = {**recipe["model_kwargs"], **settings.model_kwargs}
+    own = {
+        "data": settings.data,
+        "out": str(Path(settings.out) / "equivariant"),
+        "model_kwargs": keywords,
+        "epochs": settings.epochs,
+        "seed": settings.seed,
+        "compile": settings.compile,
+        "device": settings.device,
     }
-    config = TrainConfig(
-        model=_MODEL,
-        data=str(settings.data),
-        out=str(Path(settings.out) / "equivariant"),
-        model_kwargs=keywords,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        warmup_epochs=_WARMUP_EPOCHS,
-        label_smoothing=0.0,
-        shift=0,
-        seed=settings.seed,
-        compile=settings.compile,
-        device=settings.device,
-    )
+    config = TrainConfig.from_dict({**recipe, **own})
     plain_config = replace(
         config, model=twin, model_kwargs={**overrides, **keywords}, out=str(Path(settings.out) / "plain")
     )

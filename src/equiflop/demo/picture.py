@@ -168,8 +168,6 @@ def _footnote(figure: Figure, results: DemoResults, inch: float) -> None:
             f"\nFull size, untrained, {full.image_size} px, batch {full.batch_size}: ViT-S/16 classifies "
             f"{fast:.1f} images/s as E(ViT), {slow:.1f} as plain ({fast / slow:.2f} times as fast). "
         )
-    if not results.symmetric:
-        text += "\nDigits are not mirror-symmetric: a smoke run, no claim about accuracy."
     figure.text(0.03, 0.48 * inch, text, fontsize=9, va="top", color="#777777")
 
 

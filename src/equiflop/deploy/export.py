@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from equiflop.deploy import proof as proofs
@@ -16,6 +19,7 @@ from equiflop.deploy.prepare import prepared
 from equiflop.deploy.proof import Proof
 from equiflop.deploy.subject import Subject
 from equiflop.deploy.targets import Settings, Target, quiet, target_of
+from equiflop.deploy.targets.base import Runner
 from equiflop.files import workshop
 from equiflop.models.entry_points import plain_twin
 from equiflop.warnings import EquiflopWarning
@@ -119,7 +123,7 @@ def export(
     with workshop(path) as folder:
         made = folder / path.name
         _write(subject, target, made, options, batch)
-        runner = target.load(made, precision)
+        runner = _runner(target, made, precision, f"{subject.name} for {to} in {precision}")
         found = proofs.prove(subject, target, made, runner, precision, fixed, samples)
         if found.faults:
             raise ExportError(f"{subject.name} for {to} in {precision}: {'; '.join(found.faults)}; nothing was written")
@@ -128,7 +132,7 @@ def export(
         else:
             beside = folder / f"plain{target.suffix}"
             _write(plain, target, beside, dataclasses.replace(options, metadata=plain.metadata(precision)), batch)
-            other = target.load(beside, precision)
+            other = _runner(target, beside, precision, f"{plain.name} for {to} in {precision}")
             own, theirs, ratios = proofs.beside_plain(runner, other, samples.images, fixed)
             found = dataclasses.replace(found, speed=own, plain=theirs, speedup=ratios)
             del other
@@ -150,8 +154,32 @@ def _write(subject: Subject, target: Target, path: Path, options: Settings, batc
         cause: BaseException = error
         while cause.__cause__ is not None:  # exporters wrap what went wrong in advice
             cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise ExportError(f"{subject.name} cannot be exported: {reason}; nothing was written") from error
+        raise ExportError(f"{subject.name} cannot be exported: {_reason(cause)}; nothing was written") from error
+
+
+def _runner(target: Target, path: Path, precision: str, title: str) -> Runner:
+    """What runs a file; whatever its runtime raises becomes an ExportError."""
+
+    @contextlib.contextmanager
+    def failures_told(what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # runtimes have exception classes of their own
+            reason = f"the runtime cannot {what} the file: {_reason(error)}"
+            raise ExportError(f"{title}: {reason}; nothing was written") from error
+
+    with failures_told("read"):
+        run = target.load(path, precision)
+
+    def told(images: np.ndarray) -> np.ndarray:
+        with failures_told("run"):
+            return run(images)
+
+    return told
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _checked_path(path: Path, target: Target) -> Path:

@@ -14,6 +14,7 @@ from torch import nn
 
 from equiflop.grids import ImageGroup
 from equiflop.models.entry_points import registered_twin
+from equiflop.models.keywords import keyword_problem
 from equiflop.models.twin_build import ENTRY_POINT, build, named
 from equiflop.models.twin_entry_point import create
 from equiflop.models.twin_keywords import (
@@ -113,7 +114,8 @@ def _registered(name: str, group: str | ImageGroup, heads: Heads | None, overrid
     try:
         return timm.create_model(name, group=group, **overrides)
     except TypeError as error:
-        raise ValueError(f"{name} cannot be made with {overrides}: {error}") from error
+        problem = keyword_problem(name, overrides, error)
+        raise ValueError(problem or f"{name} cannot be made with {overrides}: {error}") from error
 
 
 def _twin_of_name(name: str, group: str | ImageGroup, heads: Heads | None, overrides: dict[str, Any]) -> nn.Module:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
-import re
 from typing import Any
 
 import timm
@@ -13,6 +11,8 @@ import torch
 from timm.models import get_model_args
 from torch import nn
 
+from equiflop.models.entry_points import TWIN
+from equiflop.models.keywords import keyword_problem
 from equiflop.models.twin_keywords import (
     OWN,
     OWN_OF_VIT,
@@ -29,14 +29,12 @@ def plain_network(name: str, keywords: dict[str, Any]) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(name, **keywords)
     except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        key = unknown[1] if unknown else None
-        if key not in keywords:
-            raise ValueError(f"{name} cannot be made with {keywords}: {error}") from error
-        known = [*inspect.signature(type(plain_network(name, {}))).parameters, *OWN, *OWN_OF_VIT]
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-        raise ValueError(f"override {key}={keywords[key]!r} is unknown; {hint}") from error
+
+        def known() -> list[str]:
+            return [*inspect.signature(type(plain_network(name, {}))).parameters, *OWN, *OWN_OF_VIT]
+
+        problem = keyword_problem(TWIN + name, keywords, error, known)
+        raise ValueError(problem or f"{name} cannot be made with {keywords}: {error}") from error
     except AssertionError as error:
         raise ValueError(f"{name} cannot be made with {keywords}: {error}") from error
     except RuntimeError as error:  # timm's answer to an unknown tag

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from equiflop.extras import check_installed
 from equiflop.files import write_text
 
 #: Name of the list of samples that could not be read, in a run's folder.
@@ -134,12 +135,9 @@ def check_tensorboard() -> None:
     """See that TensorBoard's package is there.
 
     Raises:
-        ValueError: if not.
+        ImportError: if not.
     """
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ValueError('tensorboard needs its package: pip install "equiflop[tensorboard]"') from error
+    check_installed("tensorboard", "tensorboard", "--tensorboard")
 
 
 def write_tensorboard(folder: Path, record: EpochRecord) -> None:

@@ -54,7 +54,7 @@ class Identity:
             name = differences[0]
             raise CheckpointError(
                 f"{path}: is of another run: {name}={getattr(theirs, name)!r} there, "
-                f"{name}={getattr(self.config, name)!r} here; take another folder or start anew (--resume never)"
+                f"{name}={getattr(self.config, name)!r} here; take another --out, or --resume never to start anew"
             )
         if state.samples_per_step != self.samples_per_step:
             raise CheckpointError(
