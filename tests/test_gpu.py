@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import equiflop
 from equiflop.benchmark.compare import BenchConfig, compare
+from equiflop.training import RunConfig, Trainer
 from oracles import relative_error
 from small_vits import DESIGNS, images_for, scrambled, small_vit
 
@@ -53,3 +59,28 @@ def test_inference_form_and_benchmark() -> None:
     config = BenchConfig(modes=("eager",), batch_sizes=(2,), rounds=1, seconds=0.01, memory=True, settings={"depth": 1})
     entries = compare("flop_deit3_small_patch16_224", config, torch.device("cuda"))
     assert len(entries) == 2
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_training_makes_the_losses_of_eager_training(mode: str, tmp_path: Path) -> None:
+    """Recorded steps overwrite what the one before gave: gradients of two batches, metrics and averages survive it."""
+    data = TensorDataset(torch.randn(64, 3, 32, 32), torch.arange(64) % 7)
+
+    def objective(network: Callable[[Tensor], Tensor], batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = network(batch[0])
+        return F.cross_entropy(logits, batch[1]), {"accuracy": logits.argmax(1) == batch[1]}
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        return {"size": float(model(data.tensors[0].cuda()).square().mean())}
+
+    histories = []
+    for name, options in (("eager", {}), ("compiled", {"compile": True, "compile_mode": mode})):
+        torch.manual_seed(0)
+        common = {"epochs": 2, "batch_size": 8, "accumulate": 2, "ema_decay": 0.9, "device": "cuda"}
+        config = RunConfig(out=str(tmp_path / name), **common, **options)
+        histories.append(
+            Trainer(small_vit(dtype=torch.float32).train(), objective, data, config, measure=measure).run()
+        )
+    for ours, theirs in zip(*histories, strict=True):
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-3)
+        assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-2, abs=0.05)
