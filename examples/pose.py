@@ -63,21 +63,16 @@ FALLOFF = torch.tensor([0.052, *(k for k in (0.158, 0.144, 0.124, 0.214, 0.174, 
 NETWORKS = ("plain ViT", "E(ViT) flop")
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(shared.Recipe):
     """What both networks share."""
 
     train_figures: int
     test_figures: int
-    epochs: int
     batch_size: int = 64
     learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    width: int = 128
     depth: int = 6
-    heads: int = 4
     sigma: float = 1.0
-    seed: int = 0
 
 
 FULL = Recipe(train_figures=20000, test_figures=2000, epochs=15)

@@ -48,20 +48,15 @@ BACK: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(shared.Recipe):
     """What all networks share."""
 
     train_scenes: int
     test_scenes: int
-    epochs: int
     batch_size: int = 32
     learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    width: int = 128
     depth: int = 4
-    heads: int = 4
-    seed: int = 0
 
 
 FULL = Recipe(train_scenes=4000, test_scenes=1000, epochs=12)

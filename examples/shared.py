@@ -7,6 +7,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ from equiflop.runtime import Progress, describe_machine
 from equiflop.training import RunConfig, Trainer
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the networks of one comparison share."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.05
+    width: int = 128
+    depth: int
+    heads: int = 4
+    seed: int = 0
 
 
 @contextmanager
