@@ -236,16 +236,7 @@ class PlainEstimator(nn.Module):
 
 def build(name: str, recipe: Recipe) -> nn.Module:
     """One of ``NETWORKS``, of the recipe's size."""
-    options: dict[str, Any] = {
-        "img_size": SIZE,
-        "patch_size": PATCH,
-        "embed_dim": recipe.width,
-        "depth": recipe.depth,
-        "num_heads": recipe.heads,
-        "num_classes": 0,
-        "init_values": None,
-        "no_embed_class": True,
-    }
+    options = recipe.vit(SIZE, PATCH)
     if name == "plain ViT":
         return PlainEstimator(VisionTransformer(**options), len(JOINTS))
     return PoseEstimator(EquivariantVisionTransformer(**options, group="flop"), len(JOINTS), FLIP_PAIRS)
@@ -271,12 +262,7 @@ def train(name: str, model: nn.Module, figures: Figures, recipe: Recipe, folder:
         objective,
         (figures.images, figures.joints, figures.heights),
         folder,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        warmup_epochs=0.05 * recipe.epochs,
-        seed=recipe.seed,
+        **recipe.training(warmup=0.05),
     )
     return shared.training_rate(trainer)
 

@@ -140,16 +140,7 @@ class PlainSegmenter(nn.Module):
 
 def build(name: str, recipe: Recipe) -> nn.Module:
     """One of ``NETWORKS``, of the recipe's size."""
-    options: dict[str, Any] = {
-        "img_size": SIDE,
-        "patch_size": PATCH,
-        "embed_dim": recipe.width,
-        "depth": recipe.depth,
-        "num_heads": recipe.heads,
-        "num_classes": 0,
-        "init_values": None,
-        "no_embed_class": True,
-    }
+    options = recipe.vit(SIDE, PATCH)
     if name == "plain ViT":
         return PlainSegmenter(VisionTransformer(**options), len(CLASSES))
     return Segmenter(EquivariantVisionTransformer(**options, group=name.split()[1]), len(CLASSES))
@@ -174,12 +165,7 @@ def train(name: str, model: nn.Module, images: Tensor, labels: Tensor, recipe: R
         objective,
         (images, labels),
         folder,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        warmup_epochs=0.1 * recipe.epochs,
-        seed=recipe.seed,
+        **recipe.training(warmup=0.1),
     )
     return shared.training_rate(trainer)
 

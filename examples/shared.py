@@ -35,6 +35,30 @@ class Recipe:
     heads: int = 4
     seed: int = 0
 
+    def vit(self, img_size: int | tuple[int, int], patch_size: int) -> dict[str, Any]:
+        """Keywords of a ViT without classifier."""
+        return {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "num_classes": 0,
+            "init_values": None,
+            "no_embed_class": True,
+        }
+
+    def training(self, warmup: float) -> dict[str, Any]:
+        """Settings of :func:`train`; the learning rate rises for a share of the epochs."""
+        return {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "lr": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "warmup_epochs": warmup * self.epochs,
+            "seed": self.seed,
+        }
+
 
 @contextmanager
 def folder_for(out: Path, quick: bool) -> Iterator[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,9 +75,10 @@ def test_compiled_training_makes_the_losses_of_eager_training(mode: str, tmp_pat
         return {"size": float(model(data.tensors[0].cuda()).square().mean())}
 
     histories = []
-    for name, options in (("eager", {}), ("compiled", {"compile": True, "compile_mode": mode})):
+    of_compiled: dict[str, Any] = {"compile": True, "compile_mode": mode}
+    for name, options in (("eager", {}), ("compiled", of_compiled)):
         torch.manual_seed(0)
-        common = {"epochs": 2, "batch_size": 8, "accumulate": 2, "ema_decay": 0.9, "device": "cuda"}
+        common: dict[str, Any] = {"epochs": 2, "batch_size": 8, "accumulate": 2, "ema_decay": 0.9, "device": "cuda"}
         config = RunConfig(out=str(tmp_path / name), **common, **options)
         histories.append(
             Trainer(small_vit(dtype=torch.float32).train(), objective, data, config, measure=measure).run()
