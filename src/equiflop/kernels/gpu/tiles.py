@@ -87,7 +87,7 @@ FROM_THE_GROUP: dict[int, tuple[Tile, ...]] = {8: (Tile(64, 16, 16, 8, 4), Tile(
 WEIGHT_GRADIENTS: dict[int, tuple[Tile, ...]] = {
     2: (Tile(64, 128, 128, 8, 3), Tile(32, 128, 128, 8, 4), Tile(64, 64, 128, 8, 3), Tile(64, 64, 64, 8, 4)),
     4: (Tile(64, 64, 128, 8, 3), Tile(32, 64, 64, 8, 4), Tile(64, 64, 64, 8, 3)),
-    8: (Tile(32, 64, 64, 8, 3), Tile(32, 32, 64, 8, 3), Tile(32, 32, 64, 8, 2)),
+    8: (Tile(32, 32, 64, 8, 3),),
 }
 #: What the interpreter runs: several tiles in every direction, with ends that do not fit.
 INTERPRETED = Tile(16, 16, 16, 1, 1)
