@@ -82,13 +82,7 @@ def dynamic_shapes(settings: Settings) -> Any:
     return (axes,) if axes else None
 
 
-def torch_program(
-    network: nn.Module,
-    example: torch.Tensor,
-    settings: Settings,
-    subtract_means: bool = True,
-    form: Form = "joined",
-) -> Any:
+def torch_program(network: nn.Module, example: torch.Tensor, settings: Settings, subtract_means: bool = True) -> Any:
     """The program of ``torch.export`` of a prepared network.
 
     Args:
@@ -96,12 +90,11 @@ def torch_program(
         example: images ``(B, C, H, W)``.
         settings: its precision and which sizes are free.
         subtract_means: whether norms do; see :func:`equiflop.kernels.for_runtimes`.
-        form: of products and heads; see there.
     """
     if settings.precision in ("bfloat16", "float16"):
         dtype = getattr(torch, settings.precision)
         network, example = network.to(dtype), example.to(dtype)
-    with torch.no_grad(), for_runtimes(form, subtract_means=subtract_means):
+    with torch.no_grad(), for_runtimes(subtract_means=subtract_means):
         return torch.export.export(network, (example,), dynamic_shapes=dynamic_shapes(settings))
 
 
@@ -123,16 +116,17 @@ def onnx_program(
         form: of products and heads; see :func:`equiflop.kernels.for_runtimes`.
         outputs: their names.
     """
-    # Not the network itself: torch 2.9 then exports it in a way of its own, which does not take a free batch.
-    exported = torch_program(network, example, settings, settings.precision != "int8", form)
-    program = torch.onnx.export(
-        exported,
-        dynamo=True,
-        opset_version=opset,
-        input_names=["images"],
-        output_names=list(outputs),
-        verbose=False,
-    )
+    with torch.no_grad(), for_runtimes(form, subtract_means=settings.precision != "int8"):
+        program = torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=["images"],
+            output_names=list(outputs),
+            dynamic_shapes=dynamic_shapes(settings),
+            verbose=False,
+        )
     assert program is not None
     return program
 
