@@ -36,6 +36,11 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _wrapped(function: Any) -> Any:
+    """A kernel as compilers see it; the interpreter's are called as they are, since torch 2.12 does not wrap them."""
+    return function if is_interpreted() else wrap_triton(function)
+
+
 @lru_cache(maxsize=1024)
 def _tuned(what: Any, tiles: tuple[Tile, ...], programs: int, keys: tuple[str, ...]) -> Any:
     import triton
@@ -244,7 +249,7 @@ def schur_weight_gradient(
             finish |= {f"w{i}": weight, f"w{i}_row": weight.stride(0)}
     rows = sum(_ceil(width * sections * n_out, SUM_ROWS) for _, width in known.spans)
     function = kernel(WeightSums(known, sections, bias is not None, scale is not None))
-    wrap_triton(function)[(rows,)](**finish, **outputs, BN=min(SUM_COLUMNS, _power_of_two(n_in)), num_warps=SUM_WARPS)
+    _wrapped(function)[(rows,)](**finish, **outputs, BN=min(SUM_COLUMNS, _power_of_two(n_in)), num_warps=SUM_WARPS)
     return list(outputs.values())
 
 
@@ -286,7 +291,7 @@ def schur_norm(
         arguments["bias"] = bias
     if count:
         function = kernel(Norm(known, tuple(entries), weight is not None, bias is not None))
-        wrap_triton(function)[(_ceil(count, NORM_ROWS),)](**arguments, num_warps=NORM_WARPS)
+        _wrapped(function)[(_ceil(count, NORM_ROWS),)](**arguments, num_warps=NORM_WARPS)
     return [y, inverse]
 
 
@@ -338,10 +343,10 @@ def schur_norm_backward(
     if not count:
         return [dx, total.zero_()]
     what = NormBackward(known, tuple(entries), weight is not None, bias is not None, dx_before is not None)
-    wrap_triton(kernel(what))[(programs,)](**arguments, num_warps=NORM_WARPS)
+    _wrapped(kernel(what))[(programs,)](**arguments, num_warps=NORM_WARPS)
     if size:
         kept = {"x": sums, "y": total, "M": programs, "size": size, "BM": ROW_SUM_TILE[0], "BN": ROW_SUM_TILE[1]}
-        wrap_triton(kernel(RowSums()))[(_ceil(size, ROW_SUM_TILE[1]),)](**kept, num_warps=SUM_WARPS)
+        _wrapped(kernel(RowSums()))[(_ceil(size, ROW_SUM_TILE[1]),)](**kept, num_warps=SUM_WARPS)
     return [dx, total]
 
 
