@@ -147,13 +147,9 @@ def _noted(trained: TrainedModel) -> Measured | None:
 
 def _without_places(config: TrainConfig) -> TrainConfig:
     """The configuration of a training without the places on a disk that it names."""
-    return replace(
-        config,
-        data=data_name(config.data),
-        out=data_name(config.out),
-        start_from=data_name(config.start_from),
-        teacher=data_name(config.teacher),
-    )
+    names = ("data", "out", "start_from", "teacher", "teacher_checkpoint")
+    places: dict[str, Any] = {name: data_name(getattr(config, name)) for name in names if hasattr(config, name)}
+    return replace(config, **places)
 
 
 def _write_config(trained: TrainedModel, licence: str | None, path: Path) -> None:
