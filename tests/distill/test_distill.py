@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner, Result
+from hidden_networks import hidden
 from safetensors.torch import save_file
 
 import equiflop
@@ -20,9 +21,10 @@ from equiflop.distill import DistillConfig, DistillTrainer, PlainTeacher
 from equiflop.distill.objective import Reader
 from equiflop.grids import named_image_group
 from equiflop.groups import Rep
+from equiflop.models import EquivariantVisionTransformer
 from equiflop.nn import Linear
 from equiflop.training import TrainingInterrupted
-from oracles import move_tokens
+from oracles import move_tokens, scramble
 from test_training import GREY, StopAfter, assert_same_outcome, toy_data
 
 NAME = "deit3_tiny_patch16_224"
@@ -104,12 +106,51 @@ class TestLearning:
 
     @pytest.mark.parametrize("kind", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"])
     def test_other_teachers(self, kind: str, tmp_path: Path) -> None:
-        settings = {"img_size": 28, "in_chans": 1, "patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        settings: dict[str, Any] = {"img_size": 28, "in_chans": 1, "patch_size": 7, "embed_dim": 16, "depth": 1}
+        settings |= {"num_heads": 2}
         settings |= {"global_pool": "avg"} if kind.startswith("vit") else {}
         spec = ModelSpec(kind, settings, tuple("abcdefghij"), GREY)
         save_weights(tmp_path / "teacher.safetensors", spec.build().state_dict(), spec)
         config = config_for(str(tmp_path / "teacher.safetensors"), tmp_path / "out", model=kind, epochs=1)
         assert DistillTrainer(config, toy_data()).run()[-1].train_loss > 0
+
+
+class TestSteered:
+    def test_starts_nearer_to_the_teacher(self, teacher: str, tmp_path: Path) -> None:
+        errors, agreements = [], []
+        for init in ("random", "steer"):
+            trainer = DistillTrainer(config_for(teacher, tmp_path, init=init, init_images=70), toy_data(300))
+            found = trainer.measurement.of(trainer.learner.networks)
+            errors.append(found["test_error"])
+            agreements.append(found["test_agreement"])
+        assert trainer.steering is not None and "steered" in str(trainer.steering)
+        assert errors[1] < 0.7 * errors[0] and agreements[1] >= agreements[0]
+
+    def test_readers_give_the_features_of_a_teacher_that_mirrors(self, tmp_path: Path) -> None:
+        settings = {**SMALL, "img_size": 28, "in_chans": 1, "num_classes": 10, "embed_dim": 32}
+        own = {**settings, "heads": "regular"}
+        made = scramble(EquivariantVisionTransformer(**own).double().eval())
+        plain = hidden(made, {**settings, "no_embed_class": True}).float()
+        spec = ModelSpec(NAME, {**SMALL, "img_size": 28, "in_chans": 1}, tuple("abcdefghij"), GREY)
+        save_weights(tmp_path / "plain.safetensors", plain.state_dict(), spec)
+        config = config_for(str(tmp_path / "plain.safetensors"), tmp_path / "out", init="steer", init_images=70)
+        trainer = DistillTrainer(config, toy_data())
+        found = trainer.measurement.of(trainer.learner.networks)
+        assert found["test_agreement"] == 1.0 and found["test_error"] < 0.5
+
+    def test_resumes_exactly(self, teacher: str, tmp_path: Path) -> None:
+        outcomes = []
+        for stop in (True, False):
+            config = config_for(teacher, tmp_path / str(stop), init="steer", init_images=20, epochs=1)
+            trainer = DistillTrainer(config, toy_data())
+            if stop:
+                with pytest.raises(TrainingInterrupted):
+                    trainer.run_epoch(StopAfter(2))
+                trainer = DistillTrainer(config, toy_data())
+                assert trainer.resume() is not None
+            trainer.run()
+            outcomes.append(trainer)
+        assert_same_outcome(*outcomes)
 
 
 class TestResume:
@@ -212,6 +253,12 @@ class TestRefusals:
     def test_settings_that_do_not_apply(self, settings: dict[str, Any], words: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=words):
             config_for("run", tmp_path, **settings)
+
+    def test_steering_octic_students(self, teacher: str) -> None:
+        arguments = ["--teacher", teacher, "--data", "fashion-mnist-part", "--init", "steer", "--group", "octic"]
+        self.refused(
+            run(*arguments, "--set", "heads=coupled", "--set", "num_heads=1"), "flop or updown", "--init random"
+        )
 
     def test_of_a_group_that_does_not_exist(self, teacher: str) -> None:
         self.refused(run("--teacher", teacher, "--data", "fashion-mnist-part", "--group", "d8"), "d8", "octic")

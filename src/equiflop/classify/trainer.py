@@ -54,6 +54,7 @@ class ClassifierTrainer(Trainer):
         processes: Processes | None = None,
     ) -> None:
         processes = processes if processes is not None else Processes.join(config.device, config.fsdp)
+        self.processes = processes
         check_model_name(config.model)
         self.data = data if data is not None else self._open(config, processes)
         self.spec = self._describe(config)

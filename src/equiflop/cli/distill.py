@@ -78,7 +78,10 @@ def command(
     config = DistillConfig.from_dict(options)
     from equiflop.distill import DistillTrainer
 
-    carry_out(DistillTrainer(config), resume, as_json)
+    trainer = DistillTrainer(config)
+    if trainer.steering is not None:
+        trainer.progress.print(str(trainer.steering))
+    carry_out(trainer, resume, as_json)
 
 
 def _network_of(teacher: str | None) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from equiflop.classify.objective import ClassifierObjective
 from equiflop.data import Preprocessing
 from equiflop.distill.config import DistillConfig
+from equiflop.distill.steer import Stream
 from equiflop.distill.teacher import Features, PlainTeacher, features_of
 from equiflop.groups import Rep
 from equiflop.image_group import ImageGroup
@@ -33,6 +35,22 @@ class Reader(nn.Sequential):
     def __init__(self, rep: Rep, width: int) -> None:
         super().__init__(LayerNorm(rep, affine=False), Linear(rep, Rep.regular(rep.group, width), out_order="group"))
 
+    @torch.no_grad()
+    def steer(self, weight: Tensor, bias: Tensor, invariant: int) -> None:
+        """Start from what gives the teacher's features of one view; those of the mirrored view follow.
+
+        Args:
+            weight: ``(C, student's channels)``, the first ``invariant`` of which the mirror leaves as they are.
+            bias: ``(C,)``.
+            invariant: how many there are.
+        """
+        linear = cast(Linear, self[1])
+        root = math.sqrt(2.0)  # from the copy of the identity to orthonormal irreps
+        for (irrep, block), part in zip(linear.weights(), weight.tensor_split([invariant], dim=1), strict=True):
+            block.copy_(root * linear.gain(irrep) * part)
+        if linear.bias is not None:
+            linear.bias.copy_(root * linear.bias_gain * bias)
+
 
 class Student(nn.Module):
     """An equivariant network together with what reads the teacher's features out of its own, in training alone.
@@ -48,6 +66,22 @@ class Student(nn.Module):
         self.group: ImageGroup = student.group
         self.read_tokens = Reader(student.rep, width)
         self.read_middle = Reader(student.rep, width)
+
+    def steer_readers(self, stream: Stream, teacher: Any) -> None:
+        """Let the readers give the teacher's features from the start, for a student that was steered from it.
+
+        Args:
+            stream: how the student's stream holds the teacher's.
+            teacher: a network of timm's class ``VisionTransformer``.
+        """
+        basis = stream.basis.cpu().T * math.sqrt(stream.basis.shape[1] / stream.basis.shape[0])
+        zero = basis.new_zeros(len(basis))
+        self.read_middle.steer(basis, zero, stream.invariant)
+        norm = teacher.norm
+        affine = getattr(norm, "weight", None) is not None and norm.bias is not None
+        scale, shift = (p.detach().double().cpu() for p in (norm.weight, norm.bias)) if affine else (zero + 1, zero)
+        size = (scale.square() + shift.square()).mean().sqrt()  # the targets are normed once more
+        self.read_tokens.steer(scale[:, None] / size * basis, shift / size, stream.invariant)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay: those of the network."""

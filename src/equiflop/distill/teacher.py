@@ -10,7 +10,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import load_state_dict
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from equiflop.classify.model_spec import ModelSpec, check_model_name, create_model, preprocessing_of
@@ -92,11 +91,6 @@ class PlainTeacher(nn.Module):
         """Channels of its features."""
         return int(self.model.embed_dim)
 
-    @property
-    def is_basic(self) -> bool:
-        """Whether it is of timm's own class ``VisionTransformer``, which steering can read."""
-        return type(self.model) is VisionTransformer
-
     def take(self, preprocessing: Preprocessing) -> None:
         """Look at images of this preprocessing from now on.
 
@@ -120,8 +114,12 @@ class PlainTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, classes)`` of one view."""
-        logits: Tensor = self.model(images * self.scale + self.shift)
+        logits: Tensor = self.model(self.normalised(images))
         return logits
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images in the teacher's own normalisation."""
+        return images * self.scale + self.shift
 
     @torch.no_grad()
     def views(self, images: Tensor, group: ImageGroup) -> Features:
@@ -135,7 +133,7 @@ class PlainTeacher(nn.Module):
             tokens ``(B, N, |G| C)`` and middle ``(B, patches, |G| C)``, every token of every view normed to mean 0 and
             variance 1, in the group's basis; logits averaged over the views, ``(B, classes)``.
         """
-        images = images * self.scale + self.shift
+        images = self.normalised(images)
         copies = [self._view(images, group, group.inverse(a)) for a in range(group.order)]
         return Features(
             torch.cat([copy.tokens for copy in copies], dim=-1),
