@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import timm
 import torch
 from click.testing import CliRunner, Result
 from hidden_networks import hidden
+from PIL import Image
 from safetensors.torch import save_file
 
 import equiflop
@@ -25,6 +27,7 @@ from equiflop.models import EquivariantVisionTransformer
 from equiflop.nn import Linear
 from equiflop.training import TrainingInterrupted
 from oracles import move_tokens, scramble
+from test_processes import command, environment, rows
 from test_training import GREY, StopAfter, assert_same_outcome, toy_data
 
 NAME = "deit3_tiny_patch16_224"
@@ -166,6 +169,54 @@ class TestResume:
         assert second.resume() is not None and (second.epoch, second.step) == (1, steps)
         second.run()
         assert_same_outcome(second, uninterrupted)
+
+
+class TestOtherCommands:
+    def test_publish_and_plot_know_distilled_runs(self, uninterrupted: DistillTrainer, tmp_path: Path) -> None:
+        run = str(uninterrupted.out)
+        published = CliRunner().invoke(main, ["publish", run, "-o", str(tmp_path / "net")])
+        assert published.exit_code == 0, published.output
+        card = (tmp_path / "net" / "README.md").read_text()
+        assert "By `equiflop distill` on toy, distilled from another network" in card
+        found = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).eval()
+        images = torch.randn(2, 1, 28, 28)
+        torch.testing.assert_close(found(images), load_model(run).model(images))
+        plotted = CliRunner().invoke(main, ["plot", run, "--output", str(tmp_path / "runs.png")])
+        assert plotted.exit_code == 0, plotted.output
+
+    def test_runs_without_labels(self, teacher: str, tmp_path: Path) -> None:
+        """Images of one folder, in whose place no class of the teacher stands."""
+        for split, count in (("train", 24), ("test", 8)):
+            folder = tmp_path / "photos" / split / "all"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.effect_noise((33, 40), 40 + i).save(folder / f"{i}.png")
+        out = tmp_path / "out"
+        arguments = ["--data", str(tmp_path / "photos"), "--out", str(out), "--batch-size", "8", "--device", "cpu"]
+        result = run("--teacher", teacher, *arguments, "--epochs", "1", "--init", "steer", "--init-images", "8")
+        assert result.exit_code == 0, result.output
+        assert "agreement" in result.stdout and "accuracy" not in result.stdout and "next:" not in result.stdout
+        published = CliRunner().invoke(main, ["publish", str(out), "-o", str(tmp_path / "net")])
+        assert published.exit_code == 0, published.output
+        plotted = CliRunner().invoke(main, ["plot", str(out), "--output", str(tmp_path / "runs.png")])
+        assert plotted.exit_code == 2 and "no accuracy was measured" in plotted.stderr
+
+    @pytest.mark.slow
+    def test_two_processes_train_as_one(self, teacher: str, tmp_path: Path) -> None:
+        losses = []
+        for count in (1, 2):
+            out = tmp_path / str(count)
+            launch = command(count, model=[])
+            launch[launch.index("train")] = "distill"
+            options = ["--teacher", teacher, "--data", "fashion-mnist-part", "--out", str(out), "--epochs", "1"]
+            options += ["--batch-size", str(2000 // count), "--device", "cpu", "--init", "steer", "--init-images", "32"]
+            done = subprocess.run(
+                [*launch, *options], capture_output=True, text=True, timeout=240, env=environment(), check=False
+            )
+            assert done.returncode == 0, done.stderr
+            losses.append([float(row["train_loss"]) for row in rows(out)])
+            losses[-1] += [float(row["test_error"]) for row in rows(out)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 class TestTargets:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import equiflop
 from equiflop.distill.steer import fit_stream, observe, steer
-from equiflop.distill.steer.involution import _chosen, contrasts, share_kept
+from equiflop.distill.steer.involution import _chosen, best_involution, contrasts, share_kept
 from equiflop.distill.steer.observe import Moments
 from equiflop.distill.steer.pairing import pair
 from equiflop.grids import named_image_group
@@ -119,14 +119,23 @@ class TestChoices:
 
 class TestStream:
     def test_share_of_a_mirrored_feature(self) -> None:
-        """1 for features that change by an involution, about 0 for independent ones."""
+        """1 for features that change by an involution, far below 0 for independent ones; the mean does not count."""
         turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
         involution = turn * torch.tensor([1.0, 1, 1, -1, -1, -1]) @ turn.T
-        x = 3 + torch.randn(5000, 6, dtype=torch.float64)
-        for y, low, high in ((x @ involution, 0.999, 1.001), (x, 0.999, 1.001), (torch.randn(5000, 6), -1.01, -0.8)):
+        x, other = torch.randn(2, 5000, 6, dtype=torch.float64)
+        mean = 3 * (torch.ones(6, dtype=torch.float64) + involution @ torch.ones(6, dtype=torch.float64))
+        half = (x + x @ involution) / 2 + 0.5 * (x - x @ involution) / 2 + 0.5 * (other - other @ involution) / 2
+        shares = []
+        for y in (x @ involution, x, other, half @ involution):
             moments = Moments.empty(6, torch.float64, torch.device("cpu"))
-            moments.add(x - 3 if y is not x else x, (x - 3) @ involution if low > 0 and y is not x else y.double())
-            assert low < share_kept(moments) < high
+            moments.add(x + mean, y + mean)
+            shares.append(share_kept(moments))
+        assert shares[:2] == pytest.approx([1, 1]) and -1 < shares[2] < -0.8 and 0.4 < shares[3] < 0.9
+        moments = Moments.empty(6, torch.float64, torch.device("cpu"))
+        moments.add(x + mean, x @ involution + mean)
+        found = best_involution([moments])
+        torch.testing.assert_close(found, involution)
+        assert share_kept(moments, found) == pytest.approx(1)
 
     def test_the_basis_is_centred(self) -> None:
         teacher: Any = VisionTransformer(**plain_settings({})).double().eval()

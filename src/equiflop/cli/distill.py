@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from equiflop.cli.completion import complete_groups, complete_models, complete_recipes
 from equiflop.cli.options import json_option
 from equiflop.cli.train import TrainCommand, carry_out, options_of
+
+if TYPE_CHECKING:
+    from equiflop.distill.config import DistillConfig
 
 
 class DistillCommand(TrainCommand):
@@ -40,6 +44,10 @@ class DistillCommand(TrainCommand):
     "soon as a step has succeeded.",
 )
 @click.option("--amp", is_flag=True, help="Short for --precision bfloat16.")
+@click.option(
+    "--report", is_flag=True, help="Train nothing: print how equivariant the teacher already is, layer by layer."
+)
+@click.option("--plot", type=click.Path(), help="With --report: draw it too, as .png, .pdf or .svg (needs matplotlib).")
 @json_option
 def command(
     name: str | None,
@@ -48,6 +56,8 @@ def command(
     recipe: str | None,
     resume: str,
     amp: bool,
+    report: bool,
+    plot: str | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -62,7 +72,8 @@ def command(
     \b
     Examples: equiflop distill deit3_small_patch16_224.fb_in22k_ft_in1k --data photos --epochs 50 --amp
               equiflop distill --teacher runs/deit3_tiny_patch16_224 --data fashion-mnist-part --out runs/student
-              equiflop distill vit_small_patch14_dinov2.lvd142m --data photos --group octic --workers 4
+              equiflop distill --teacher runs/deit3_tiny_patch16_224 --data photos --init steer --epochs 20
+              equiflop distill --teacher runs/deit3_tiny_patch16_224 --data photos --report
     """
     from equiflop.distill.config import DistillConfig
 
@@ -76,12 +87,37 @@ def command(
         raise click.UsageError("give the NAME of a trained network of timm, or --teacher RUN")
     options = options_of(name, recipe, amp, given, DistillConfig, DistillCommand.place)
     config = DistillConfig.from_dict(options)
+    if plot is not None and not report:
+        raise click.UsageError("--plot draws a report; give --report too")
+    if report:
+        _report(config, plot, as_json)
+        return
     from equiflop.distill import DistillTrainer
 
     trainer = DistillTrainer(config)
     if trainer.steering is not None:
         trainer.progress.print(str(trainer.steering))
     carry_out(trainer, resume, as_json)
+
+
+def _report(config: DistillConfig, plot: str | None, as_json: bool) -> None:
+    from equiflop.data import open_data
+    from equiflop.distill.report import draw_report, mirror_report
+    from equiflop.distill.teacher import load_teacher, sample_images
+    from equiflop.grids import as_image_group
+    from equiflop.runtime.device import pick_device
+
+    teacher = load_teacher(config)
+    asked = config.image_size is not None or config.channels is not None
+    own = None if asked else teacher.spec.preprocessing
+    data = open_data(config.data, config.image_size, config.channels, own)
+    teacher.take(data.preprocessing)
+    device = pick_device(config.device)
+    images = sample_images(data.train, config, device)
+    found = mirror_report(teacher.to(device), images, as_image_group(config.model_kwargs.get("group", "flop")))
+    if plot is not None:
+        draw_report(found, Path(plot))
+    click.echo(json.dumps(found.as_dict(), indent=2) if as_json else str(found))
 
 
 def _network_of(teacher: str | None) -> str | None:

@@ -223,4 +223,5 @@ def _conclude(trainer: ClassifierTrainer, history: list[EpochRecord], as_json: b
     if any(record.unreadable for record in history):
         click.echo(f"images that could not be read are listed in {trainer.folder.unreadable}")
     click.echo(f"weights in {trainer.folder.weights}, log in {trainer.out / 'log.csv'}")
-    click.echo(f"next: equiflop eval {shlex.quote(str(trainer.out))}")
+    if "test_accuracy" in last.metrics:
+        click.echo(f"next: equiflop eval {shlex.quote(str(trainer.out))}")

@@ -44,7 +44,7 @@ class DistillConfig(TrainConfig):
     init: str = setting(
         "random", "Student's first weights: random, or steered from the teacher's.", choices=("random", "steer")
     )
-    init_images: int = setting(256, "Training images from which steering learns how the teacher mirrors.", 1)
+    init_images: int = setting(256, "Training images that steering, or --report, looks at.", 1)
 
     class_weight: float = setting(1.0, "Weight of the error of the class token behind the last norm.", 0)
     patch_weight: float = setting(1.0, "Weight of the error of the patch tokens behind the last norm.", 0)

@@ -144,7 +144,7 @@ class DistillObjective(nn.Module):
         loss = sum((weights[name] * term for name, term in terms.items()), start=images.new_zeros(()))
         if self.config.label_weight:
             loss = loss + self.config.label_weight * self.labels.loss_of(found.logits, targets, images)
-        return loss, {**{name: term.detach() for name, term in terms.items()}, **agreement(found, wanted)}
+        return loss, {**{name: term.detach() for name, term in terms.items()}, **self.agreement(found, wanted)}
 
     def terms(self, found: Features, wanted: Features) -> dict[str, Tensor]:
         """The terms of the loss that teacher and student have, by name; means over the batch.
@@ -174,9 +174,8 @@ class DistillObjective(nn.Module):
         ours, theirs = (F.log_softmax(values / t, dim=1) for values in (logits, answers))
         return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * t**2
 
-
-def agreement(found: Features, wanted: Features) -> dict[str, Tensor]:
-    """Whether student and teacher, averaged over the views, give an image the same class; empty without classes."""
-    if not wanted.logits.shape[-1] or found.logits.shape != wanted.logits.shape:
-        return {}
-    return {"agreement": found.logits.detach().argmax(dim=1) == wanted.logits.argmax(dim=1)}
+    def agreement(self, found: Features, wanted: Features) -> dict[str, Tensor]:
+        """Whether student and teacher, averaged over the views, give an image the same class; empty without classes."""
+        if not self.teacher.model.num_classes:
+            return {}
+        return {"agreement": found.logits.detach().argmax(dim=1) == wanted.logits.argmax(dim=1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from equiflop.classify.model_spec import ModelSpec, check_model_name, create_model, preprocessing_of
 from equiflop.classify.objective import renormalising
 from equiflop.classify.weights import load_model
-from equiflop.data import Preprocessing
+from equiflop.data import Preprocessing, Split
+from equiflop.data.randomness import epoch_order
 from equiflop.distill.config import DistillConfig
 from equiflop.image_group import ImageGroup
 from equiflop.models.entry_points import TWIN
@@ -149,6 +151,14 @@ class PlainTeacher(nn.Module):
         prefix = self.model.num_prefix_tokens
         tokens = torch.cat([found.tokens[:, :prefix], found.tokens[:, prefix:].index_select(1, places)], dim=1)
         return Features(_normed(tokens), _normed(found.middle.index_select(1, places)), _full(found.logits))
+
+
+def sample_images(split: Split, config: DistillConfig, device: torch.device, batch_size: int = 32) -> Iterator[Tensor]:
+    """Training images as they are, in batches on a device: as many as ``init_images``, the same ones for a seed."""
+    order = epoch_order(config.seed, 0, len(split))[: config.init_images]
+    for batch in split.batches(order, batch_size, workers=config.workers, skip_unreadable=True):
+        if len(batch.images):
+            yield batch.images.to(device)
 
 
 def _normed(tokens: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,11 +12,10 @@ from equiflop.classify.model_spec import ModelSpec
 from equiflop.classify.trainer import ClassifierTrainer
 from equiflop.classify.weights import bare_weights
 from equiflop.data import ImageData, Preprocessing
-from equiflop.data.randomness import epoch_order
 from equiflop.distill.config import DistillConfig
-from equiflop.distill.objective import DistillObjective, Student, agreement
+from equiflop.distill.objective import DistillObjective, Student
 from equiflop.distill.steer import Steering, check_steerable, steer
-from equiflop.distill.teacher import Features, load_teacher
+from equiflop.distill.teacher import Features, load_teacher, sample_images
 from equiflop.models.entry_points import TWIN
 from equiflop.runtime.processes import Processes
 from equiflop.runtime.progress import Progress
@@ -54,7 +52,6 @@ class DistillTrainer(ClassifierTrainer):
         progress: Progress | None = None,
         processes: Processes | None = None,
     ) -> None:
-        self.settings = config
         self.teacher = load_teacher(config)
         super().__init__(config, data, progress, processes)
 
@@ -86,30 +83,23 @@ class DistillTrainer(ClassifierTrainer):
 
     def _to_train(self, model: nn.Module, config: Any) -> tuple[nn.Module, Objective]:
         student = Student(model, self.teacher.width)
-        self.steering = self._steer(student) if config.init == "steer" else None
+        self.steering = self._steer(student, config) if config.init == "steer" else None
         self.objective = DistillObjective(
             config, self.teacher, student.group, self.data.classes, self.data.preprocessing
         )
         return student, self.objective
 
-    def _steer(self, student: Student) -> Steering:
+    def _steer(self, student: Student, config: DistillConfig) -> Steering:
         """Project the teacher's weights onto the student."""
         group, source = student.group, self.teacher.source
         check_steerable(self.teacher.model, group, source)
         teacher = self.teacher.to(self.processes.device)
-        images = (teacher.normalised(batch) for batch in self.sample_images())
+        batches = sample_images(self.data.train, config, self.processes.device)
+        images = (teacher.normalised(batch) for batch in batches)
         found = steer(student.student, teacher.model, images, source)
         student.steer_readers(found.stream, teacher.model)
         teacher.cpu()
         return found
-
-    def sample_images(self, count: int = 0, batch_size: int = 32) -> Iterator[Tensor]:
-        """Training images as they are, on the device, in batches; by default as many as steering looks at."""
-        split = self.data.train
-        order = epoch_order(self.settings.seed, 0, len(split))[: count or self.settings.init_images]
-        for batch in split.batches(order, batch_size, workers=self.settings.workers, skip_unreadable=True):
-            if len(batch.images):
-                yield batch.images.to(self.processes.device)
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         sums = torch.zeros(5, dtype=torch.float64)  # error, agreement, right answers, images, unreadable ones
@@ -143,7 +133,7 @@ class DistillTrainer(ClassifierTrainer):
         terms = self.objective.terms(found, wanted)
         weights = self.objective.weights(terms)
         error = sum(weights[name] * float(term) for name, term in terms.items())
-        agreed = float(agreement(found, wanted).get("agreement", torch.zeros(1)).sum())
+        agreed = float(self.objective.agreement(found, wanted).get("agreement", torch.zeros(1)).sum())
         correct = float((found.logits.argmax(dim=1) == labels).sum()) if self.knows_labels else 0.0
         return torch.tensor([error * len(images), agreed, correct, len(images)], dtype=torch.float64)
 

@@ -135,11 +135,11 @@ def _noted(trained: TrainedModel) -> Measured | None:
     try:
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         last = next((record for record in records if record["epoch"] == trained.config.epochs), None)
-        if last is None:
+        if last is None or ("train_loss" in last and "test_accuracy" not in last):  # distilled without labels
             return None
         averaged = last.get("ema_accuracy") is not None
         top1 = last["ema_accuracy"] if averaged else last["test_accuracy"]
-        top5 = None if averaged else float(last["test_top5"])
+        top5 = None if averaged or "test_error" in last else float(last["test_top5"])
         return Measured(data_name(trained.config.data), None, float(top1), top5)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{log}: a damaged log ({error!r})") from error

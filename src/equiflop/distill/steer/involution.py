@@ -135,13 +135,30 @@ def _kept(same: Tensor, across: Tensor, invariant: Tensor, flipping: Tensor) -> 
     return float(energy / same.trace().clamp_min(1e-300))
 
 
-def share_kept(moments: Moments) -> float:
-    """How mirrored features are: ``1 - sum |y - S x|^2 / sum |x|^2`` for the best involution ``S``.
-
-    Features are taken about their mean. 1: mirroring the image does nothing but ``S``; 0: no better than nothing.
-    """
+def _about_the_mean(moments: Moments) -> tuple[Tensor, Tensor]:
     mean = moments.total / moments.count
     shift = torch.outer(mean, mean) * moments.count
-    same, across = moments.same - shift, moments.across - shift
-    overlap = torch.linalg.eigvalsh((across + across.T) / 2).abs().sum()
+    across = moments.across - shift
+    return moments.same - shift, (across + across.T) / 2
+
+
+def best_involution(places: Sequence[Moments]) -> Tensor:
+    """The involution ``(C, C)`` by which features at several places mirror best, each place weighing the same."""
+    summed = torch.zeros_like(places[0].across)
+    for moments in places:
+        same, across = _about_the_mean(moments)
+        summed += across / same.trace().clamp_min(1e-300)
+    overlaps, directions = torch.linalg.eigh(summed)
+    return directions * torch.where(overlaps < 0, -1.0, 1.0).to(directions) @ directions.T
+
+
+def share_kept(moments: Moments, involution: Tensor | None = None) -> float:
+    """How mirrored features are: ``1 - sum |y - S x|^2 / sum |x|^2`` about their mean.
+
+    Args:
+        moments: of the features.
+        involution: ``S``; by default the one that keeps most.
+    """
+    same, across = _about_the_mean(moments)
+    overlap = torch.linalg.eigvalsh(across).abs().sum() if involution is None else (across * involution).sum()
     return float(2 * overlap / same.trace().clamp_min(1e-300) - 1)

@@ -93,16 +93,20 @@ def observe(model: Any, images: Iterable[Tensor], group: ImageGroup) -> Observat
     watched: list[tuple[nn.Module, Moments]] = [(norm, found.stream[name]) for name, norm in readers(model).items()]
     for block, heads, units in zip(model.blocks, found.heads, found.units, strict=True):
         watched += [(block.attn.proj, heads), (block.mlp.fc2, units)]
-    height, columns = model.patch_embed.grid_size
-    prefix = model.num_prefix_tokens
-    places = prefix + torch.from_numpy(group.act_on_grid(1, height, columns)).to(device)
-    places = torch.cat([torch.arange(prefix, device=device), places])
+    places = token_places(model, group, device)
     for batch in images:
         here = _inputs(model, batch, [module for module, _ in watched])
         there = _inputs(model, group.act_on_image(1, batch), [module for module, _ in watched])
         for (_, moments), x, y in zip(watched, here, there, strict=True):
             moments.add(x, y if y.ndim == 2 else y[:, places])
     return found
+
+
+def token_places(model: Any, group: ImageGroup, device: torch.device) -> Tensor:
+    """Where the tokens of an image lie among those of its mirror image, shape ``(N,)``."""
+    prefix = torch.arange(model.num_prefix_tokens, device=device)
+    places = torch.from_numpy(group.act_on_grid(1, *model.patch_embed.grid_size)).to(device)
+    return torch.cat([prefix, places + len(prefix)])
 
 
 def _inputs(model: Any, images: Tensor, modules: list[nn.Module]) -> list[Tensor]:

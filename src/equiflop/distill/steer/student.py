@@ -26,8 +26,8 @@ class Steering:
 
     Attributes:
         stream: how the student's residual stream holds the teacher's.
-        heads: by block, share of what the heads contribute that is carried over; 1 for coupled heads.
-        units: by block, share of what the hidden units contribute that is carried over.
+        heads: by block, share of the energy that heads add to the stream of those that have room.
+        units: the same of hidden units.
     """
 
     stream: Stream
@@ -35,12 +35,9 @@ class Steering:
     units: tuple[float, ...]
 
     def __str__(self) -> str:
-        kept = list(self.stream.kept.values())
-        return (
-            f"steered: of the teacher's stream {100 * min(kept):.1f} to {100 * max(kept):.1f} % of the energy is kept, "
-            f"of its heads {100 * min(self.heads):.1f} % or more, of its hidden units {100 * min(self.units):.1f} % or "
-            "more"
-        )
+        parts = (("stream", self.stream.kept.values()), ("heads", self.heads), ("hidden units", self.units))
+        shares = ", ".join(f"{name} {100 * min(found):.1f} to {100 * max(found):.1f} %" for name, found in parts)
+        return f"steered; carried over of the teacher's {shares}"
 
 
 @torch.no_grad()
@@ -183,7 +180,7 @@ class _Writer:
         into = outward.unflatten(1, (attn.num_heads, -1)).movedim(1, 0)  # heads, channels, head_dim
         shift = shift + (into @ shifts[2][..., None]).sum((0, 2))  # attention weights sum to 1
         # What all keys add to a query's logits alike makes no difference: keys need no bias.
-        scale = math.sqrt(made.head_dim / attn.head_dim)
+        scale = attn.scale / made.scale
         queries = scale * torch.cat([queries, shifts[0][..., None]], dim=2)  # heads, head_dim, channels + 1
         alike, importance = alike_heads(into, seen.same.cpu() / 2, seen.across.cpu() / 2, self.signs)
         heads = Heads(queries, keys, into, values, self.signs)
