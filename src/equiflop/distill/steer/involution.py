@@ -61,7 +61,7 @@ def fit_stream(stream: dict[str, Moments], invariant: int, flipping: int) -> Str
     energies = ((same @ directions) * directions).sum(0)
     gains = torch.stack([(energies + overlaps) / 2, (energies - overlaps) / 2, torch.zeros_like(energies)])
     room = [_room(invariant), _room(flipping)]
-    kinds = torch.from_numpy(_chosen(gains, room))
+    kinds = torch.from_numpy(_chosen(gains, room)).to(first.device)
     blocks = []
     for kind, channels in enumerate((invariant, flipping)):
         order = torch.argsort(gains[kind], descending=True)
