@@ -19,6 +19,7 @@ import equiflop
 from equiflop.classify import ClassifierTrainer, ModelSpec, TrainConfig, load_model
 from equiflop.classify.weights import save_weights
 from equiflop.cli.main import main
+from equiflop.data import Preprocessing
 from equiflop.distill import DistillConfig, DistillTrainer, PlainTeacher
 from equiflop.distill.objective import Reader
 from equiflop.grids import named_image_group
@@ -241,6 +242,14 @@ class TestTargets:
             torch.testing.assert_close(typed(moved.tokens), expected, rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(moved.logits, reference.logits, rtol=1e-10, atol=1e-10)
 
+    def test_images_are_normalised_in_the_teachers_way(self, teacher: str) -> None:
+        trained = load_model(teacher)
+        plain = PlainTeacher(trained.spec, trained.model, "it")
+        pixels = torch.rand(2, 1, 28, 28)
+        expected = plain(pixels / 0.35 - 0.3 / 0.35)
+        plain.take(Preprocessing((1, 28, 28), (0.5,), (0.25,)))
+        torch.testing.assert_close(plain((pixels - 0.5) / 0.25), expected)
+
     def test_readers_give_such_a_feature(self) -> None:
         group = named_image_group("octic")
         rep = Rep.regular(group, 2)
@@ -310,6 +319,10 @@ class TestRefusals:
         self.refused(
             run(*arguments, "--set", "heads=coupled", "--set", "num_heads=1"), "flop or updown", "--init random"
         )
+
+    def test_of_other_patches(self, teacher: str) -> None:
+        arguments = ["--teacher", teacher, "--data", "fashion-mnist-part", "--set", "patch_size=4"]
+        self.refused(run(*arguments), "4x4 pixels in 7x7 patches", "7x7 pixels in 4x4 patches", "leave patch_size")
 
     def test_of_a_group_that_does_not_exist(self, teacher: str) -> None:
         self.refused(run("--teacher", teacher, "--data", "fashion-mnist-part", "--group", "d8"), "d8", "octic")

@@ -67,6 +67,17 @@ def test_gives_back_what_was_hidden(settings: dict[str, Any]) -> None:
     assert min(found.stream.kept.values()) > 1 - 1e-12 and min(found.units) > 1 - 1e-12 and min(found.heads) > 1 - 1e-12
 
 
+@pytest.mark.parametrize("heads", ["coupled", "regular"])
+def test_a_wider_student_computes_the_same(heads: str) -> None:
+    """But for the eps of its norms, which weighs otherwise: more channels, wider heads, more hidden units."""
+    made = network(heads=heads, num_heads=2)
+    teacher = hidden(made, plain_settings({"num_heads": 2}))
+    student = network(seed=1, heads=heads, num_heads=2, embed_dim=40, mlp_ratio=6.0)
+    x = torch.randn(6, 2, 24, 24, dtype=torch.float64)
+    steer(student, teacher, images())
+    assert relative_error(student(x), made(x)) < 1e-5
+
+
 def test_of_a_plain_network_most_is_kept() -> None:
     """One that was never trained to mirror: the student is equivariant, and most alike where it has all channels."""
     torch.manual_seed(1)

@@ -153,6 +153,11 @@ class PlainTeacher(nn.Module):
         return Features(_normed(tokens), _normed(found.middle.index_select(1, places)), _full(found.logits))
 
 
+def numerical_device(device: torch.device) -> torch.device:
+    """The device, or the CPU in the place of one that has no float64, in which moments are summed."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def sample_images(split: Split, config: DistillConfig, device: torch.device, batch_size: int = 32) -> Iterator[Tensor]:
     """Training images as they are, in batches on a device: as many as ``init_images``, the same ones for a seed."""
     order = epoch_order(config.seed, 0, len(split))[: config.init_images]

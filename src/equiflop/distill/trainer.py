@@ -14,8 +14,8 @@ from equiflop.classify.weights import bare_weights
 from equiflop.data import ImageData, Preprocessing
 from equiflop.distill.config import DistillConfig
 from equiflop.distill.objective import DistillObjective, Student
-from equiflop.distill.steer import Steering, check_steerable, steer
-from equiflop.distill.teacher import Features, load_teacher, sample_images
+from equiflop.distill.steer import Steering, check_steerable, check_tokens, steer
+from equiflop.distill.teacher import Features, load_teacher, numerical_device, sample_images
 from equiflop.models.entry_points import TWIN
 from equiflop.runtime.processes import Processes
 from equiflop.runtime.progress import Progress
@@ -82,6 +82,7 @@ class DistillTrainer(ClassifierTrainer):
         return ModelSpec(TWIN + teacher.name.split(".")[0], keywords, classes, data.preprocessing)
 
     def _to_train(self, model: nn.Module, config: Any) -> tuple[nn.Module, Objective]:
+        check_tokens(model, self.teacher.model, self.teacher.source)
         student = Student(model, self.teacher.width)
         self.steering = self._steer(student, config) if config.init == "steer" else None
         self.objective = DistillObjective(
@@ -93,8 +94,9 @@ class DistillTrainer(ClassifierTrainer):
         """Project the teacher's weights onto the student."""
         group, source = student.group, self.teacher.source
         check_steerable(self.teacher.model, group, source)
-        teacher = self.teacher.to(self.processes.device)
-        batches = sample_images(self.data.train, config, self.processes.device)
+        device = numerical_device(self.processes.device)
+        teacher = self.teacher.to(device)
+        batches = sample_images(self.data.train, config, device)
         images = (teacher.normalised(batch) for batch in batches)
         found = steer(student.student, teacher.model, images, source)
         student.steer_readers(found.stream, teacher.model)

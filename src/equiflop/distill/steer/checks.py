@@ -31,6 +31,25 @@ def check_steerable(teacher: nn.Module, group: ImageGroup, source: str) -> None:
         raise ValueError(f"init='steer' cannot read {problem} of {source}; {instead}")
 
 
+def check_tokens(student: Any, teacher: Any, source: str) -> None:
+    """See that a student's tokens are those of its teacher.
+
+    Raises:
+        ValueError: if patches or tokens in front of them differ.
+    """
+
+    def tokens(network: Any) -> tuple[int, ...]:
+        embed = network.patch_embed
+        return (*embed.patch_size, *embed.grid_size, network.num_prefix_tokens)
+
+    if tokens(student) != tokens(teacher):
+        words = "{}x{} pixels in {}x{} patches and {} other tokens"
+        own, wanted = (words.format(*tokens(network)) for network in (student, teacher))
+        raise ValueError(
+            f"the student has {own}, {source} {wanted}; leave patch_size, img_size, class_token and reg_tokens alone"
+        )
+
+
 def _unread_part(teacher: Any) -> str | None:
     for name, part in teacher.named_modules():
         allowed = isinstance(part, nn.Identity | nn.Dropout) or part is teacher

@@ -94,20 +94,20 @@ def _chosen(gains: Tensor, room: Sequence[int]) -> np.ndarray:
     A choice is the best one if no exchange between two kinds, and none around all three, gains anything.
     """
     values = gains.cpu().numpy()
-    size = values.shape[1]
-    counts = [min(room[0], size), 0]
-    counts[1] = min(room[1], size - counts[0])
+    count = values.shape[1]
+    size = max(count, sum(room))  # where there is more room than directions, some of it goes to none
+    values = np.pad(values, ((0, 0), (0, size - count)))
     kinds = np.full(size, 2)
     order = np.argsort(values[1] - values[0], kind="stable")
-    kinds[order[: counts[0]]] = 0
-    kinds[order[size - counts[1] :]] = 1
+    kinds[order[: room[0]]] = 0
+    kinds[order[size - room[1] :]] = 1
     for _ in range(10 * size):
-        cycle = _best_exchange(values, kinds)
-        if cycle is None:
+        exchange = _best_exchange(values, kinds)
+        if exchange is None:
             break
-        for i, kind in cycle:
+        for i, kind in exchange:
             kinds[i] = kind
-    return kinds
+    return kinds[:count]
 
 
 def _best_exchange(values: np.ndarray, kinds: np.ndarray) -> list[tuple[int, int]] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from equiflop import nn as enn
-from equiflop.distill.steer.checks import check_steerable
+from equiflop.distill.steer.checks import check_steerable, check_tokens
 from equiflop.distill.steer.heads import Heads, alike_heads, filled
 from equiflop.distill.steer.involution import Stream, fit_stream
 from equiflop.distill.steer.observe import observe
@@ -65,6 +65,7 @@ def steer(student: nn.Module, teacher: Any, images: Iterable[Tensor], source: st
     if not isinstance(student, EquivariantVisionTransformer) or student.design != "equivariant":
         raise ValueError(f"init='steer' writes twins of timm's VisionTransformer, not a {type(student).__name__}")
     check_steerable(teacher, student.group, source)
+    check_tokens(student, teacher, source)
     if len(student.blocks) != len(teacher.blocks):
         raise ValueError(
             f"depth={len(student.blocks)}: init='steer' needs as many blocks as {source} has, {len(teacher.blocks)}"
