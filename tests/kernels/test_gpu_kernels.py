@@ -354,6 +354,7 @@ def test_the_reference_s_gradients() -> None:
         assert torch.autograd.gradcheck(block, (x,))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of vmap over attention
 def test_when_kernels_are_not_taken() -> None:
     block = block_of("C2")
     x = torch.randn(1, 4, block.rep.dim, device=DEVICE)
