@@ -168,6 +168,7 @@ class TestRefusals:
                 "flop or updown, not 'octic'; choose --init random",
             ),
             ({"qk_norm": True}, {}, "cannot read module blocks.0.attn.q_norm"),
+            ({"qkv_bias": False}, {}, "cannot read module blocks.0.attn.qkv, which has no bias, of the teacher"),
             ({"pre_norm": True}, {}, "cannot read module norm_pre"),
             ({"norm_layer": RmsNorm}, {}, "blocks.0.norm1 .RmsNorm."),
             ({"block_fn": ParallelScalingBlock}, {}, "ParallelScalingBlock"),

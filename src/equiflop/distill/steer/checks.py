@@ -62,11 +62,16 @@ def _unread_part(teacher: Any) -> str | None:
             part = block.get_submodule(name)
             if type(part) is not kind:
                 return f"module {f'blocks.{i}.{name}'.removesuffix('.')} ({type(part).__name__})"
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            if block.get_submodule(name).bias is None:  # the biases of the norms have to go somewhere
+                return f"module blocks.{i}.{name}, which has no bias,"
         if block.attn.gate is not None or any(True for _ in block.mlp.act.parameters()):
             return f"module blocks.{i}"
     last = [part for part in (teacher.norm, teacher.fc_norm) if not isinstance(part, nn.Identity)]
     if len(last) != 1 or not isinstance(last[0], nn.LayerNorm):
         return "the last norm"
+    if isinstance(teacher.head, nn.Linear) and teacher.head.bias is None:
+        return "module head, which has no bias,"
     if teacher.attn_pool is not None or teacher.global_pool not in ("token", "avg"):
         return f"pooling {teacher.global_pool!r}"
     return None
