@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py --budget 9m --out gpu-results
 
-Tests come first, then blocks (our kernels, TorchInductor's, plain), then whole networks forward and in training, all
-at plain's best options too. What is finished is kept in the folder and not done again; what the budget cuts off comes
-again the next time. At the end, and with ``--report`` alone, a table is printed (``report.md``) with what
-``gpu_prediction.py`` says beside it, and the figures are drawn.
+Tests come first, then a training with CUDA graphs, blocks (our kernels, TorchInductor's, plain) and whole networks,
+forward and in training, all at plain's best options too. What is finished is kept in the folder and not done again;
+what the budget cuts off comes again the next time. At the end, and with ``--report`` alone, a table is printed
+(``report.md``) with what ``gpu_prediction.py`` says beside it, and the figures are drawn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Task:
 
     Attributes:
         name: of its files.
-        words: the command behind ``python``; ``OUTPUT`` stands for its JSON file.
+        words: the command behind ``python``; ``OUTPUT`` stands for its JSON file and ``FOLDER`` for a folder.
         seconds: what it is thought to take; it is not begun where less is left, unless nothing was done before.
     """
 
@@ -56,6 +56,11 @@ def tasks(quick: bool) -> Iterator[Task]:
     of_bench = ("--rounds", "1", "--seconds", "0.01", "--set", "depth=1") if quick else ("--rounds", "7")
     yield Task("tests", ("-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")), 240)
     yield Task("kernels", ("-m", "pytest", "-q", str(HERE.parent / "tests/kernels/test_gpu_kernels.py")), 300)
+    train = ("-m", "equiflop", "train", "flop_deit3_small_patch16_224", "--data", "fashion-mnist-part")
+    few = ("--out", "FOLDER", "--set", "patch_size=4", "--epochs", "2", "--batch-size", "256")
+    graphs = ("--precision", "bfloat16", "--compile", "--compile-mode", "reduce-overhead")
+    if not quick:
+        yield Task("train-with-graphs", (*train, *few, *graphs), 120)
     names = [f"{group}_deit3_{size}_patch{patch}_224" for size, patch in VITS.items() for group in ("flop", "octic")]
     device = ("--device", "cpu") if quick else ("--device", "cuda")
     for step in ("forward", "train"):
@@ -86,7 +91,8 @@ def run(queue: list[Task], folder: Path, budget: float, again: bool) -> None:
         print(f"{task.name}: running", flush=True)
         start = time.monotonic()
         output = folder / f"{task.name}.json"
-        words = [str(output) if word == "OUTPUT" else word for word in task.words]
+        places = {"OUTPUT": str(output), "FOLDER": str(folder / task.name)}
+        words = [places.get(word, word) for word in task.words]
         rc: int | str
         with (folder / f"{task.name}.log").open("w") as log:
             process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT)

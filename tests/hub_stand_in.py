@@ -49,7 +49,7 @@ def hub_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    for module in ("constants", "file_download"):  # before version 1 the latter has a copy
+    for module in ("constants", "file_download"):  # before 1.0 the latter has it by name
         monkeypatch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     try:

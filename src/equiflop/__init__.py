@@ -22,7 +22,7 @@ if TYPE_CHECKING or not is_command_line():  # the sub-commands import what they 
 if TYPE_CHECKING:
     from equiflop.deploy.export import export
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Action",

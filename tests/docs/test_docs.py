@@ -221,6 +221,7 @@ def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "data",
         "training",
         "classify",
+        "distill",
         "runtime",
         "deploy",
     ):

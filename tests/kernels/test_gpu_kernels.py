@@ -266,7 +266,7 @@ def test_a_block_is_what_its_modules_are(name: str, option: str) -> None:
 @pytest.mark.parametrize("name", ["C2", "D4"])
 def test_a_block_in_half_precision(name: str, dtype: torch.dtype) -> None:
     """No further from float64 than what the modules give in that precision."""
-    block = block_of(name, 32).to(dtype)
+    block = block_of(name, 32 if name == "C2" else 16).to(dtype)
     x = torch.randn(2, 5, block.rep.dim, device=DEVICE, dtype=dtype)
     exact = copy.deepcopy(block).double()
     with kernels.reference():
@@ -283,7 +283,7 @@ def test_a_block_in_half_precision(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["C2", "D4"])
 def test_autocast(name: str) -> None:
     """A residual stream in float32, products in bfloat16, gradients in the weights' float32."""
-    block = block_of(name, 32)
+    block = block_of(name, 32 if name == "C2" else 16)
     x = torch.randn(2, 5, block.rep.dim, device=DEVICE)
     with kernels.reference():
         expected = with_gradients(block, block, x)
@@ -354,6 +354,7 @@ def test_the_reference_s_gradients() -> None:
         assert torch.autograd.gradcheck(block, (x,))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of vmap over attention
 def test_when_kernels_are_not_taken() -> None:
     block = block_of("C2")
     x = torch.randn(1, 4, block.rep.dim, device=DEVICE)
@@ -374,9 +375,11 @@ def test_when_kernels_are_not_taken() -> None:
 
 @pytest.mark.parametrize("name", ["flop_deit3_small_patch16_224", "octic_deit3_small_patch16_224"])
 def test_a_whole_network(name: str) -> None:
-    """Class and register tokens, a grid that is not square, the head: everything around the blocks is as it was."""
-    model = scramble(timm.create_model(name, depth=2, num_classes=5, img_size=(48, 48), reg_tokens=1)).to(DEVICE).eval()
-    images = torch.randn(2, 3, 48, 48, device=DEVICE)
+    """Class and register tokens, the head: everything around the blocks is as it was."""
+    size = (32, 48) if name.startswith("flop") else (32, 32)
+    options = {"embed_dim": 128, "depth": 2, "num_heads": 2, "num_classes": 5, "img_size": size, "reg_tokens": 1}
+    model = scramble(timm.create_model(name, **options)).to(DEVICE).eval()
+    images = torch.randn(2, 3, *size, device=DEVICE)
     with torch.no_grad(), kernels.reference():
         expected = model(images)
     with torch.no_grad(), branch.anywhere():

@@ -142,10 +142,9 @@ class Teacher(nn.Module):
             )
         self.model = model.eval().requires_grad_(False)
         self.size = own.input_size[1:]
-        scale = [ours / theirs for ours, theirs in zip(preprocessing.std, own.std, strict=True)]
-        shift = [(m - n) / s for m, n, s in zip(preprocessing.mean, own.mean, own.std, strict=True)]
-        self.register_buffer("scale", torch.tensor(scale).view(1, -1, 1, 1))
-        self.register_buffer("shift", torch.tensor(shift).view(1, -1, 1, 1))
+        scale, shift = renormalising(preprocessing, own)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
         self.scale: Tensor
         self.shift: Tensor
 
@@ -161,3 +160,10 @@ class Teacher(nn.Module):
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         logits: Tensor = self.model(images)
         return logits.float()
+
+
+def renormalising(ours: Preprocessing, theirs: Preprocessing) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``shift``, ``(1, C, 1, 1)`` each: ``images * scale + shift`` are normalised in their way."""
+    scale = [own / other for own, other in zip(ours.std, theirs.std, strict=True)]
+    shift = [(m - n) / s for m, n, s in zip(ours.mean, theirs.mean, theirs.std, strict=True)]
+    return torch.tensor(scale).view(1, -1, 1, 1), torch.tensor(shift).view(1, -1, 1, 1)

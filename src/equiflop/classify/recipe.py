@@ -19,15 +19,17 @@ def recipe_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in _FOLDER.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_recipe(name: str) -> dict[str, Any]:
+def load_recipe(name: str, kind: type[TrainConfig] | None = None) -> dict[str, Any]:
     """Options of a recipe.
 
     Args:
         name: one of :func:`recipe_names`, or the path of a YAML file.
+        kind: the configuration that it is for; by default :class:`TrainConfig`.
 
     Raises:
         ValueError: if there is no such recipe, it is not a YAML mapping, or it has an unknown option.
     """
+    kind = kind or TrainConfig
     if name in recipe_names():
         text, origin = (_FOLDER / f"{name}.yaml").read_text(), name
     else:
@@ -49,12 +51,12 @@ def load_recipe(name: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f"{origin}: a recipe is a mapping such as 'lr: 1.0e-3', not {type(options).__name__}")
     try:
-        TrainConfig.check_names(options)
+        kind.check_names(options)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
     if not isinstance(options.get("model_kwargs") or {}, dict):
         raise ValueError(f"{origin}: model_kwargs={options['model_kwargs']!r} is not a mapping such as 'depth: 4'")
-    numbers = TrainConfig.number_names()
+    numbers = kind.number_names()
     return {name: _number(value) if name in numbers else value for name, value in options.items()}
 
 

@@ -33,6 +33,10 @@ class RunLog:
     seconds: list[float]
 
 
+class NoAccuracyError(ValueError):
+    """A run that was measured in another way."""
+
+
 def read_run(folder: Path) -> RunLog:
     """Read the log of a run.
 
@@ -42,6 +46,8 @@ def read_run(folder: Path) -> RunLog:
     path = folder / "log.jsonl"
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if any("test_error" in record and "test_accuracy" not in record for record in records):
+            raise NoAccuracyError(f"{folder}: no accuracy was measured, since the data have other labels")
         accuracy = [
             float(record["test_accuracy"] if record.get("ema_accuracy") is None else record["ema_accuracy"])
             for record in records
@@ -53,6 +59,8 @@ def read_run(folder: Path) -> RunLog:
             accuracy,
             list(accumulate(float(record["seconds"]) for record in records)),
         )
+    except NoAccuracyError:
+        raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{folder}: not a run of equiflop train (no log.jsonl)") from error
     except (OSError, KeyError, TypeError, ValueError) as error:

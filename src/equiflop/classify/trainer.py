@@ -14,13 +14,14 @@ from equiflop.classify.evaluation import evaluate
 from equiflop.classify.model_spec import ModelSpec, check_model_name, check_takes, input_keywords
 from equiflop.classify.objective import ClassifierObjective
 from equiflop.classify.preparation import classifier_of, set_drop_path, start_from
-from equiflop.data import Augmentation, ImageData, Split, open_data
+from equiflop.data import Augmentation, ImageData, Preprocessing, Split, open_data
 from equiflop.data.randomness import derive_seed, epoch_order
 from equiflop.runtime.processes import Processes
 from equiflop.runtime.progress import Progress
 from equiflop.training.records import EpochRecord
 from equiflop.training.samples import Loaded
 from equiflop.training.state import CHECKPOINT_FOLDER, TrainState, saved_states
+from equiflop.training.step import Objective
 from equiflop.training.trainer import Trainer
 
 _INITIALISATION = 0x1217  # what seeds the initial weights, apart from the seed itself
@@ -41,6 +42,8 @@ class ClassifierTrainer(Trainer):
     """
 
     unit = "images"
+    #: Which of the numbers of :meth:`_measure` tells the best epoch.
+    best = "accuracy"
     config: TrainConfig
 
     def __init__(
@@ -51,26 +54,49 @@ class ClassifierTrainer(Trainer):
         processes: Processes | None = None,
     ) -> None:
         processes = processes if processes is not None else Processes.join(config.device, config.fsdp)
+        self.processes = processes
         check_model_name(config.model)
-        self.data = data if data is not None else _opened(config, processes)
-        self.spec = _spec_for(config, self.data)
+        self.data = data if data is not None else self._open(config, processes)
+        self.spec = self._describe(config)
         images = AugmentedImages(self.data.train, config)
         torch.manual_seed(derive_seed(config.seed, _INITIALISATION))
         model, problem = _build(self.spec, config)
-        check_takes(model, config.model, self.data.preprocessing.input_size)
+        check_takes(model, self.spec.name, self.data.preprocessing.input_size)
+        model, objective = self._to_train(model, config)
         super().__init__(
             model,
-            ClassifierObjective(config, self.data.classes, self.data.preprocessing),
+            objective,
             images,
             config,
             measure=self._measure,
-            best="accuracy",
+            best=self.best,
             about=self.spec.to_json(),
             progress=progress if progress is not None else Progress(config.model),
             processes=processes,
         )
         if problem is not None:
             self.folder.on_entry.insert(0, lambda: _raise(problem))
+
+    def _open(self, config: TrainConfig, processes: Processes) -> ImageData:
+        """The data; the first process goes first, which may have to download."""
+        if not processes.first:
+            processes.wait_for_first()
+        data = open_data(config.data, config.image_size, config.channels, self._preprocessing(config))
+        if processes.first:
+            processes.wait_for_first()
+        return data
+
+    def _preprocessing(self, config: TrainConfig) -> Preprocessing | None:
+        """How pixels become the network's input, where neither the options nor the data decide it."""
+        return None
+
+    def _describe(self, config: TrainConfig) -> ModelSpec:
+        """What the network is."""
+        return _spec_for(config, self.data)
+
+    def _to_train(self, model: nn.Module, config: TrainConfig) -> tuple[nn.Module, Objective]:
+        """The module whose parameters are trained, given the network, and what is minimised."""
+        return model, ClassifierObjective(config, self.data.classes, self.data.preprocessing)
 
     def _take(self, state: TrainState, path: Path) -> None:
         super()._take(state, path)
@@ -97,6 +123,13 @@ class ClassifierTrainer(Trainer):
         except ValueError as error:
             raise ValueError(f"{error} (images that cannot be read are left out by --unreadable-test skip)") from error
         return {"accuracy": found.top1, "top5": found.top5, "unreadable": found.unreadable}
+
+    def results(self, metrics: dict[str, float]) -> list[str]:
+        """What was measured last, in lines for people."""
+        lines = [f"test accuracy {100 * metrics['test_accuracy']:.2f} % (top-5 {100 * metrics['test_top5']:.2f} %)"]
+        if "ema_accuracy" in metrics:
+            lines.append(f"test accuracy of the averaged weights {100 * metrics['ema_accuracy']:.2f} %")
+        return lines
 
     def summary(self, record: EpochRecord) -> str:
         """See :meth:`equiflop.training.Trainer.summary`."""
@@ -166,16 +199,6 @@ class AugmentedImages:
             config.color_jitter,
             config.random_erasing,
         )
-
-
-def _opened(config: TrainConfig, processes: Processes) -> ImageData:
-    """The first process goes first: it may have to download."""
-    if not processes.first:
-        processes.wait_for_first()
-    data = open_data(config.data, config.image_size, config.channels)
-    if processes.first:
-        processes.wait_for_first()
-    return data
 
 
 def _spec_for(config: TrainConfig, data: ImageData) -> ModelSpec:

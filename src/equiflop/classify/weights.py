@@ -41,6 +41,17 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], spec: ModelSpec, con
     write_tensors(path, weights, spec.to_json(), config)
 
 
+#: In front of the names of a student's weights while it is distilled, beside those of what reads its features.
+STUDENT_PREFIX = "student."
+
+
+def bare_weights(state: Mapping[str, Any], config: TrainConfig | None) -> dict[str, Any]:
+    """The network's own weights in the state of a training: of a distilled student without what read its features."""
+    if config is None or not getattr(config, "distills", False):
+        return dict(state)
+    return {key.removeprefix(STUDENT_PREFIX): value for key, value in state.items() if key.startswith(STUDENT_PREFIX)}
+
+
 @dataclass(frozen=True)
 class TrainedModel:
     """A network with its weights.
@@ -76,6 +87,7 @@ def load_model(path: str | Path) -> TrainedModel:
         saved = load_state(path)
         spec, config = _described(path, saved.about, saved.config)
         part, state = ("model", saved.model) if saved.ema is None else ("ema", saved.ema)
+        state = bare_weights(state, config)
     try:
         model = spec.build()
     except (TypeError, ValueError) as error:
@@ -122,6 +134,15 @@ def _described(path: Path, about: str, config: dict[str, Any] | None) -> tuple[M
     if not about:
         raise CheckpointError(f"{path}: holds a network of your own, no classifier; load its tensors into it yourself")
     try:
-        return ModelSpec.from_json(about), None if config is None else TrainConfig.from_dict(config)
+        return ModelSpec.from_json(about), None if config is None else _configuration(config)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the description of its model is damaged ({error})") from error
+
+
+def _configuration(values: dict[str, Any]) -> TrainConfig:
+    """How a network was trained: by itself, or from a teacher."""
+    if "teacher_checkpoint" not in values:
+        return TrainConfig.from_dict(values)
+    from equiflop.distill.config import DistillConfig
+
+    return DistillConfig.from_dict(values)

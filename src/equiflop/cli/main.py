@@ -15,6 +15,7 @@ COMMANDS = {
     "check": ("equiflop.cli.check", "Test that a model is equivariant."),
     "bench": ("equiflop.cli.bench", "Time models beside their plain twins."),
     "train": ("equiflop.cli.train", "Train a model on images."),
+    "distill": ("equiflop.cli.distill", "Train the equivariant twin of a network that is already trained."),
     "eval": (
         "equiflop.cli.evaluate",
         "Measure a trained model: accuracy, calibration, and answers that change with mirroring.",

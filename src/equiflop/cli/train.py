@@ -21,7 +21,7 @@ from equiflop.cli.completion import (
 from equiflop.cli.options import ImageSize, KeyValue, json_option
 
 if TYPE_CHECKING:
-    from equiflop.classify import ClassifierTrainer
+    from equiflop.classify import ClassifierTrainer, TrainConfig
     from equiflop.training import EpochRecord
 
 #: Options that are not simply named after a field of the configuration.
@@ -33,24 +33,32 @@ _COMPLETE = {
     "out": complete_files,
     "start_from": complete_files,
     "teacher": complete_models_or_files,
+    "teacher_checkpoint": complete_files,
 }
 
 
 class TrainCommand(click.Command):
     """A command whose options are the fields of :class:`equiflop.classify.TrainConfig`, made when they are needed."""
 
+    #: Where a run is kept by default.
+    place = "runs/MODEL"
+
+    def fields(self) -> dict[str, tuple[Any, str]]:
+        """Default and help of every field of the configuration."""
+        from equiflop.classify.config import TrainConfig
+
+        return TrainConfig.describe()
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The options written below, and one per field."""
         if not any(parameter.name == "lr" for parameter in self.params):
-            from equiflop.classify.config import TrainConfig
-
-            for name, (default, text) in TrainConfig.describe().items():
+            for name, (default, text) in self.fields().items():
                 if name != "model":
-                    self.params.append(_option(name, default, text))
+                    self.params.append(_option(name, default, text, self.place))
         return super().get_params(ctx)
 
 
-def _option(name: str, default: Any, text: str) -> click.Option:
+def _option(name: str, default: Any, text: str, place: str) -> click.Option:
     flag = _NAMES.get(name, "--" + name.replace("_", "-"))
     if name == "model_kwargs":
         return click.Option([flag, name], type=KeyValue(), multiple=True, help=f"{text} KEY=VALUE; repeatable.")
@@ -59,7 +67,7 @@ def _option(name: str, default: Any, text: str) -> click.Option:
     if isinstance(default, bool):
         return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=text)
     shown = name == "out" or (default not in ("", None, MISSING) and not isinstance(default, dict))
-    note = f"  [default: {'runs/MODEL' if name == 'out' else default}]" if shown else ""
+    note = f"  [default: {place if name == 'out' else default}]" if shown else ""
     kind = int if name == "channels" else str if default is MISSING else type(default)
     return click.Option([flag, name], type=kind, help=text + note, shell_complete=_COMPLETE.get(name))
 
@@ -109,12 +117,19 @@ def command(
     if list_recipes:
         _list_recipes()
         return
-    config = _configuration(model, recipe, amp, given)
+    from equiflop.classify.config import TrainConfig
+
+    config = TrainConfig.from_dict(options_of(model, recipe, amp, given))
     from equiflop.classify import ClassifierTrainer
+
+    carry_out(ClassifierTrainer(config), resume, as_json)
+
+
+def carry_out(trainer: ClassifierTrainer, resume: str, as_json: bool) -> None:
+    """Train to the end, and say what came out; a signal ends the process with its exit code."""
     from equiflop.runtime.processes import leave
     from equiflop.training import TrainingInterrupted
 
-    trainer = ClassifierTrainer(config)
     start = trainer.resume() if resume == "auto" else None
     if resume == "never":
         trainer.start_anew()
@@ -131,12 +146,28 @@ def command(
     leave()
 
 
-def _configuration(model: str | None, recipe: str | None, amp: bool, given: dict[str, Any]) -> Any:
-    from equiflop.classify import TrainConfig
+def options_of(
+    model: str | None,
+    recipe: str | None,
+    amp: bool,
+    given: dict[str, Any],
+    kind: type[TrainConfig] | None = None,
+    place: str = TrainCommand.place,
+) -> dict[str, Any]:
+    """The fields of a configuration: a recipe's, and on top what the command line gives.
+
+    Args:
+        model: its name, where the command line gives it.
+        recipe: name of a recipe.
+        amp: whether that option was given.
+        given: the other options, None where one was not.
+        kind: the configuration, if it is not the usual one.
+        place: the run's folder where none is given, with MODEL in place of the name.
+    """
     from equiflop.classify.recipe import load_recipe
     from equiflop.data.names import BUILT_IN
 
-    options: dict[str, Any] = load_recipe(recipe) if recipe else {}
+    options: dict[str, Any] = load_recipe(recipe, kind) if recipe else {}
     keywords = dict(given.pop("model_kwargs") or ())
     given = {name: value for name, value in given.items() if value is not None}
     if amp and given.setdefault("precision", "bfloat16") != "bfloat16":
@@ -149,8 +180,8 @@ def _configuration(model: str | None, recipe: str | None, amp: bool, given: dict
         raise click.UsageError("give MODEL, or --recipe NAME with one")
     if "data" not in options:
         raise click.UsageError(f"give --data: {', '.join(BUILT_IN)}, a folder, or timm's name of a data set")
-    options.setdefault("out", str(Path("runs") / str(options["model"])))
-    return TrainConfig.from_dict(options)
+    options.setdefault("out", str(Path(place.replace("MODEL", str(options["model"])))))
+    return options
 
 
 def _list_recipes() -> None:
@@ -168,7 +199,7 @@ def _introduce(trainer: ClassifierTrainer, start: Path | None) -> None:
     size = "x".join(map(str, data.preprocessing.input_size))
     count = trainer.processes.count
     where = f"{trainer.device}" + (f" in {count} processes" if count > 1 else "")
-    say(f"{trainer.config.model}: {parameters / 1e6:.2f} M parameters, input {size}, on {where}")
+    say(f"{trainer.spec.name}: {parameters / 1e6:.2f} M parameters, input {size}, on {where}")
     say(f"{data.name} from {data.origin}: {len(data.train):,} images to train on, {len(data.test):,} to test on")
     if trainer.finished:
         say(f"{start}: all epochs are done; give another --out, or --resume never to start anew")
@@ -182,15 +213,15 @@ def _conclude(trainer: ClassifierTrainer, history: list[EpochRecord], as_json: b
         click.echo(json.dumps({"weights": str(trainer.folder.weights), **last.to_dict()}, indent=2))
         return
     best = max(history, key=trainer.measurement.score)
-    metrics = last.metrics
     seconds = sum(record.seconds for record in history)
-    click.echo(f"test accuracy {100 * metrics['test_accuracy']:.2f} % (top-5 {100 * metrics['test_top5']:.2f} %)")
-    if "ema_accuracy" in metrics:
-        click.echo(f"test accuracy of the averaged weights {100 * metrics['ema_accuracy']:.2f} %")
-    score = trainer.measurement.score(best)
-    click.echo(f"best {100 * score:.2f} % after epoch {best.epoch}, in {trainer.folder.best}")
+    for line in trainer.results(last.metrics):
+        click.echo(line)
+    score = abs(trainer.measurement.score(best))
+    shown = f"{100 * score:.2f} %" if trainer.best == "accuracy" else f"{trainer.best.lstrip('-')} {score:.4f}"
+    click.echo(f"best {shown} after epoch {best.epoch}, in {trainer.folder.best}")
     click.echo(f"{seconds:,.0f} s of training")
     if any(record.unreadable for record in history):
         click.echo(f"images that could not be read are listed in {trainer.folder.unreadable}")
     click.echo(f"weights in {trainer.folder.weights}, log in {trainer.out / 'log.csv'}")
-    click.echo(f"next: equiflop eval {shlex.quote(str(trainer.out))}")
+    if "test_accuracy" in last.metrics:
+        click.echo(f"next: equiflop eval {shlex.quote(str(trainer.out))}")

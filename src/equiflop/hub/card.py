@@ -17,7 +17,7 @@ from equiflop.classify.weights import TrainedModel
 
 #: Settings of a training that the card leaves out: they name a place, or do not change the result.
 _UNTOLD = {
-    *("model", "model_kwargs", "data", "out", "start_from", "teacher", "image_size", "channels"),
+    *("model", "model_kwargs", "data", "out", "start_from", "teacher", "teacher_checkpoint", "image_size", "channels"),
     *("device", "workers", "keep_checkpoints", "save_minutes", "tensorboard", "fsdp", "compile"),
 }
 
@@ -168,16 +168,19 @@ def _summary(facts: Facts) -> str:
 def _training(config: TrainConfig | None) -> str:
     if config is None:
         return "The file does not say how it was trained."
-    defaults = TrainConfig.describe()
+    defaults = {**TrainConfig.describe(), **config.describe()}
     told = ("epochs", "batch_size", "optimizer", "lr", "seed")
     lines = [
         f"- {item.name}: {getattr(config, item.name)}"
         for item in fields(config)
         if item.name not in _UNTOLD and (item.name in told or getattr(config, item.name) != defaults[item.name][0])
     ]
-    sources = [word for word, used in (("fine-tuned", config.start_from), ("distilled", config.teacher)) if used]
+    distills = bool(getattr(config, "distills", False))
+    words = (("fine-tuned", config.start_from), ("distilled", config.teacher or distills))
+    sources = [word for word, used in words if used]
     how = f", {' and '.join(sources)} from another network" if sources else ""
-    return f"By `equiflop train` on {data_name(config.data)}{how}:\n\n" + "\n".join(lines)
+    command = "distill" if distills else "train"
+    return f"By `equiflop {command}` on {data_name(config.data)}{how}:\n\n" + "\n".join(lines)
 
 
 def _usage(facts: Facts, repository: str) -> str:

@@ -135,11 +135,11 @@ def _noted(trained: TrainedModel) -> Measured | None:
     try:
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         last = next((record for record in records if record["epoch"] == trained.config.epochs), None)
-        if last is None:
+        if last is None or ("train_loss" in last and "test_accuracy" not in last):  # distilled without labels
             return None
         averaged = last.get("ema_accuracy") is not None
         top1 = last["ema_accuracy"] if averaged else last["test_accuracy"]
-        top5 = None if averaged else float(last["test_top5"])
+        top5 = None if averaged or "test_error" in last else float(last["test_top5"])
         return Measured(data_name(trained.config.data), None, float(top1), top5)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{log}: a damaged log ({error!r})") from error
@@ -147,13 +147,9 @@ def _noted(trained: TrainedModel) -> Measured | None:
 
 def _without_places(config: TrainConfig) -> TrainConfig:
     """The configuration of a training without the places on a disk that it names."""
-    return replace(
-        config,
-        data=data_name(config.data),
-        out=data_name(config.out),
-        start_from=data_name(config.start_from),
-        teacher=data_name(config.teacher),
-    )
+    names = ("data", "out", "start_from", "teacher", "teacher_checkpoint")
+    places: dict[str, Any] = {name: data_name(getattr(config, name)) for name in names if hasattr(config, name)}
+    return replace(config, **places)
 
 
 def _write_config(trained: TrainedModel, licence: str | None, path: Path) -> None:

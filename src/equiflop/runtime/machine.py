@@ -42,9 +42,14 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def program(started: str) -> str:
-    """How a program is called that was started as this: a script by Python, else the command line."""
+    """How a program is called that was started as this: a script by Python, else the command line.
+
+    Of the place of a script that was started by its whole path, its folder remains.
+    """
     path = Path(started)
-    return f"python {started}" if path.suffix == ".py" and path.name != "__main__.py" else "equiflop"
+    if path.suffix != ".py" or path.name == "__main__.py":
+        return "equiflop"
+    return "python " + ("/".join(path.parts[-2:]) if path.is_absolute() else started)
 
 
 def processor_name() -> str:

@@ -27,7 +27,8 @@ from equiflop.training.sharded_state import load_shards
 from equiflop.training.state import TrainState, load_weights
 
 _MIXING = 0x313  # what seeds numpy and Python in a step, apart from what seeds torch
-_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: By name the numbers in which a network computes in training.
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: Gives the loss of a batch, a scalar, and with it metrics if there are any: by name one value per sample, shape
 #: ``(B,)``, or their mean. It is given the network, as a function, and the batch on the device.
@@ -182,7 +183,7 @@ class Learner:
 
     def network(self, *inputs: Any, **keywords: Any) -> Any:
         """The network as the objective calls it: in the run's precision, its outputs in float32."""
-        precision = _PRECISIONS[self.config.precision]
+        precision = PRECISIONS[self.config.precision]
         with torch.autocast(self.device.type, dtype=precision, enabled=precision is not torch.float32):
             outputs = self._wrapped(*inputs, **keywords)
         return tree_map(_full_precision, outputs)

@@ -18,7 +18,7 @@ from equiflop.cli import completion
 from equiflop.cli.main import COMMANDS
 from equiflop.image_group import NAMED_IMAGE_GROUPS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "timm", "torchvision", "numpy", "PIL", "matplotlib"}
 AS_MODULE = ["-m", "equiflop"]
 AS_SCRIPT = ["-c", "from equiflop_command import main; main()"]

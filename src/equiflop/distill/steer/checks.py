@@ -1,0 +1,77 @@
+"""Which teachers steering can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Attention as PlainAttention
+from timm.layers import Mlp as PlainMlp
+from timm.models.vision_transformer import Block as PlainBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from equiflop.image_group import ImageGroup
+
+
+def check_steerable(teacher: nn.Module, group: ImageGroup, source: str) -> None:
+    """See that steering can read a teacher.
+
+    Raises:
+        ValueError: if not; it says what else to do.
+    """
+    instead = "choose --init random"
+    if group.order != 2:
+        raise ValueError(f"init='steer' is for groups of one mirroring, flop or updown, not {group.name!r}; {instead}")
+    if type(teacher) is not VisionTransformer:
+        raise ValueError(
+            f"init='steer' reads timm's VisionTransformer, and {source} is a {type(teacher).__name__}; {instead}"
+        )
+    problem = _unread_part(teacher)
+    if problem is not None:
+        raise ValueError(f"init='steer' cannot read {problem} of {source}; {instead}")
+
+
+def check_tokens(student: Any, teacher: Any, source: str) -> None:
+    """See that a student's tokens are those of its teacher.
+
+    Raises:
+        ValueError: if patches or tokens in front of them differ.
+    """
+
+    def tokens(network: Any) -> tuple[int, ...]:
+        embed = network.patch_embed
+        return (*embed.patch_size, *embed.grid_size, network.num_prefix_tokens)
+
+    if tokens(student) != tokens(teacher):
+        words = "{}x{} pixels in {}x{} patches and {} other tokens"
+        own, wanted = (words.format(*tokens(network)) for network in (student, teacher))
+        raise ValueError(
+            f"the student has {own}, {source} {wanted}; leave patch_size, img_size, class_token and reg_tokens alone"
+        )
+
+
+def _unread_part(teacher: Any) -> str | None:
+    for name, part in teacher.named_modules():
+        allowed = isinstance(part, nn.Identity | nn.Dropout) or part is teacher
+        if name.endswith(("norm_pre", "q_norm", "k_norm", "attn.norm", "mlp.norm", "patch_embed.norm")) and not allowed:
+            return f"module {name}"
+        if name.endswith((".norm1", ".norm2")) and not isinstance(part, nn.LayerNorm):
+            return f"module {name} ({type(part).__name__})"
+    for i, block in enumerate(teacher.blocks):
+        for name, kind in (("", PlainBlock), ("attn", PlainAttention), ("mlp", PlainMlp)):
+            part = block.get_submodule(name)
+            if type(part) is not kind:
+                return f"module {f'blocks.{i}.{name}'.removesuffix('.')} ({type(part).__name__})"
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            if block.get_submodule(name).bias is None:  # the biases of the norms have to go somewhere
+                return f"module blocks.{i}.{name}, which has no bias,"
+        if block.attn.gate is not None or any(True for _ in block.mlp.act.parameters()):
+            return f"module blocks.{i}"
+    last = [part for part in (teacher.norm, teacher.fc_norm) if not isinstance(part, nn.Identity)]
+    if len(last) != 1 or not isinstance(last[0], nn.LayerNorm):
+        return "the last norm"
+    if isinstance(teacher.head, nn.Linear) and teacher.head.bias is None:
+        return "module head, which has no bias,"
+    if teacher.attn_pool is not None or teacher.global_pool not in ("token", "avg"):
+        return f"pooling {teacher.global_pool!r}"
+    return None

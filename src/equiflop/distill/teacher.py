@@ -1,0 +1,245 @@
+"""The teacher: a trained plain vision transformer, seen at every view of an image that a group makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from equiflop.classify.model_spec import ModelSpec, check_model_name, create_model, preprocessing_of
+from equiflop.classify.objective import renormalising
+from equiflop.classify.weights import load_model
+from equiflop.data import Preprocessing, Split
+from equiflop.data.randomness import epoch_order
+from equiflop.distill.config import DistillConfig
+from equiflop.image_group import ImageGroup
+from equiflop.models.entry_points import TWIN
+from equiflop.models.equivariant_transformer import EquivariantTransformer
+from equiflop.models.twin_networks import TWIN_CLASSES
+
+_CLASSES = tuple(
+    cls for cls in TWIN_CLASSES if cls.__name__ not in ("NaFlexVit", "VisionTransformerSAM")
+)  # those whose features are class token and patches
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a vision transformer makes of images.
+
+    Attributes:
+        tokens: behind the last norm, ``(B, N, C)``, the class token first where there is one.
+        middle: patch tokens behind one of the blocks, ``(B, patches, C)``.
+        logits: ``(B, classes)``, or without a classifier pooled features.
+    """
+
+    tokens: Tensor
+    middle: Tensor
+    logits: Tensor
+
+
+def features_of(model: Any, images: Tensor) -> Features:
+    """Features of a network of timm, or of its twin, behind all blocks and behind half of them."""
+    half = max(len(model.blocks) // 2, 1) - 1
+    tokens, (middle,) = model.forward_intermediates(images, [half], output_fmt="NLC")
+    return Features(tokens, middle, model.forward_head(tokens))
+
+
+class PlainTeacher(nn.Module):
+    """A trained plain network whose features and answers at all views of an image are put side by side.
+
+    For a group ``G`` and the teacher's features ``f``, one token per place, ``t_g(x) = g^-1 f(g x)`` are those at the
+    view ``g x``, the tokens put back in their places. The axis ``(t_{g^-1}(x))_g`` of ``|G|`` times ``C`` channels is a
+    feature of type ``Rep.regular(G, C)`` in the group's own basis: if the image moves by ``h``, tokens move by ``h``
+    and the group permutes the copies.
+
+    Args:
+        spec: what it is.
+        model: the network, with its weights.
+        source: what the user called it, for messages.
+        names_classes: whether the names of its classes are known, not only their number.
+
+    Raises:
+        ValueError: if it is no plain vision transformer of a kind that has a twin, or is equivariant already.
+    """
+
+    def __init__(self, spec: ModelSpec, model: nn.Module, source: str, names_classes: bool = True) -> None:
+        super().__init__()
+        if isinstance(model, EquivariantTransformer) or spec.name.startswith(TWIN) or hasattr(model, "group"):
+            raise ValueError(f"{source} is equivariant already; the teacher must be a plain network of timm")
+        if type(model) not in _CLASSES:
+            names = ", ".join(cls.__name__ for cls in _CLASSES)
+            raise ValueError(
+                f"{source} is a {type(model).__name__}; a teacher must be a vision transformer of timm's class {names}"
+            )
+        self.spec = spec
+        self.source = source
+        self.names_classes = names_classes
+        self.model: Any = model.eval().requires_grad_(False)
+        scale, shift = renormalising(spec.preprocessing, spec.preprocessing)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.scale: Tensor
+        self.shift: Tensor
+
+    @property
+    def width(self) -> int:
+        """Channels of its features."""
+        return int(self.model.embed_dim)
+
+    def take(self, preprocessing: Preprocessing) -> None:
+        """Look at images of this preprocessing from now on.
+
+        Raises:
+            ValueError: if their size or their number of channels is another than its own.
+        """
+        own = self.spec.preprocessing
+        if own.input_size != preprocessing.input_size:
+            theirs, ours = ("x".join(map(str, p.input_size)) for p in (own, preprocessing))
+            raise ValueError(
+                f"{self.source} takes images of {theirs} (channels, height, width), the data gives {ours}; leave out "
+                f"--img-size and --channels"
+            )
+        scale, shift = renormalising(preprocessing, own)
+        self.scale.copy_(scale)
+        self.shift.copy_(shift)
+
+    def train(self, mode: bool = True) -> PlainTeacher:
+        """A teacher does not train."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(B, classes)`` of one view."""
+        logits: Tensor = self.model(self.normalised(images))
+        return logits
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images in the teacher's own normalisation."""
+        return images * self.scale + self.shift
+
+    @torch.no_grad()
+    def views(self, images: Tensor, group: ImageGroup) -> Features:
+        """Features at all views.
+
+        Args:
+            images: shape ``(B, C, H, W)``.
+            group: the group, which acts on the image.
+
+        Returns:
+            tokens ``(B, N, |G| C)`` and middle ``(B, patches, |G| C)``, every token of every view normed to mean 0 and
+            variance 1, in the group's basis; logits averaged over the views, ``(B, classes)``.
+        """
+        images = self.normalised(images)
+        copies = [self._view(images, group, group.inverse(a)) for a in range(group.order)]
+        return Features(
+            torch.cat([copy.tokens for copy in copies], dim=-1),
+            torch.cat([copy.middle for copy in copies], dim=-1),
+            torch.stack([copy.logits for copy in copies]).mean(0),
+        )
+
+    def _view(self, images: Tensor, group: ImageGroup, a: int) -> Features:
+        """``t_a``: features of the moved images, tokens put back."""
+        found = features_of(self.model, group.act_on_image(a, images))
+        height, width = self.model.patch_embed.grid_size
+        places = torch.from_numpy(group.act_on_grid(a, height, width)).to(images.device)
+        prefix = self.model.num_prefix_tokens
+        tokens = torch.cat([found.tokens[:, :prefix], found.tokens[:, prefix:].index_select(1, places)], dim=1)
+        return Features(_normed(tokens), _normed(found.middle.index_select(1, places)), _full(found.logits))
+
+
+def numerical_device(device: torch.device) -> torch.device:
+    """The device, or the CPU in the place of one that has no float64, in which moments are summed."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def sample_images(split: Split, config: DistillConfig, device: torch.device, batch_size: int = 32) -> Iterator[Tensor]:
+    """Training images as they are, in batches on a device: as many as ``init_images``, the same ones for a seed."""
+    order = epoch_order(config.seed, 0, len(split))[: config.init_images]
+    for batch in split.batches(order, batch_size, workers=config.workers, skip_unreadable=True):
+        if len(batch.images):
+            yield batch.images.to(device)
+
+
+def _normed(tokens: Tensor) -> Tensor:
+    return F.layer_norm(_full(tokens), tokens.shape[-1:])
+
+
+def _full(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def load_teacher(config: DistillConfig) -> PlainTeacher:
+    """The teacher of a configuration.
+
+    Raises:
+        ValueError: if there is none, its weights do not fit, or it cannot be one.
+        OSError: if its weights cannot be read or downloaded.
+    """
+    if config.teacher:
+        trained = load_model(config.teacher)
+        if trained.spec.name != config.model:
+            raise ValueError(
+                f"teacher={config.teacher!r} is a run of {trained.spec.name}, not of {config.model}; leave out NAME"
+            )
+        return PlainTeacher(trained.spec, trained.model, f"teacher={config.teacher!r}")
+    if config.model.startswith(TWIN):
+        raise ValueError(f"{config.model} is equivariant already; the teacher must be a plain network of timm")
+    if config.teacher_checkpoint:
+        check_model_name(config.model)
+        model = _from_file(config.model, config.teacher_checkpoint)
+        source = f"teacher_checkpoint={config.teacher_checkpoint!r}"
+    else:
+        model = _pretrained(config.model)
+        source = f"model={config.model!r}"
+    spec = ModelSpec(config.model, {}, _class_names(model), preprocessing_of(model))
+    return PlainTeacher(spec, model, source, names_classes=False)
+
+
+def _pretrained(name: str) -> nn.Module:
+    from equiflop.models import equivariant_models
+
+    if name.split(".")[0] in equivariant_models():
+        raise ValueError(f"model={name!r} is equivariant already; the teacher must be a plain network of timm")
+    check_model_name(name)
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise ValueError(
+            f"model={name!r}: timm has no weights of it, so it cannot teach; give --teacher-checkpoint FILE or "
+            "--teacher RUN"
+        )
+    try:
+        return create_model(name, {}, pretrained=True)
+    except (OSError, RuntimeError) as error:  # whatever lies between here and the weights
+        raise ValueError(
+            f"model={name!r}: its weights cannot be had ({error}); give --teacher-checkpoint FILE or --teacher RUN"
+        ) from error
+
+
+def _from_file(name: str, file: str) -> nn.Module:
+    """A network with the weights of a file, adapted as timm adapts published ones, without running code in the file."""
+    source = f"teacher_checkpoint={file!r}"
+    if not Path(file).is_file():
+        raise ValueError(f"{source}: no such file")
+    try:
+        head = load_state_dict(file).get("head.weight")
+        classes = {} if head is None else {"num_classes": len(head)}
+        overlay = {"file": file, "custom_load": False, **classes}
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **classes)
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{source}: holds no weights of {name} ({reason:.300})") from error
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise ValueError(f"{source}: holds NaN or infinite numbers")
+    return model
+
+
+def _class_names(model: Any) -> tuple[str, ...]:
+    noted = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    count = int(model.num_classes)
+    return tuple(map(str, noted)) if noted and len(noted) == count else tuple(map(str, range(count)))

@@ -1,0 +1,169 @@
+"""The distillation of a plain teacher into an equivariant student, as a configuration describes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from equiflop.classify.model_spec import ModelSpec
+from equiflop.classify.trainer import ClassifierTrainer
+from equiflop.classify.weights import bare_weights
+from equiflop.data import ImageData, Preprocessing
+from equiflop.distill.config import DistillConfig
+from equiflop.distill.objective import DistillObjective, Student
+from equiflop.distill.steer import Steering, check_steerable, check_tokens, steer
+from equiflop.distill.teacher import Features, load_teacher, numerical_device, sample_images
+from equiflop.models.entry_points import TWIN
+from equiflop.runtime.processes import Processes
+from equiflop.runtime.progress import Progress
+from equiflop.training.records import EpochRecord
+from equiflop.training.step import Objective
+
+
+class DistillTrainer(ClassifierTrainer):
+    """Trains the equivariant twin of a trained plain network to give what that gives, averaged over a group's views.
+
+    The student is ``twin:NAME`` with the teacher's keywords, those of ``config.model_kwargs`` on top. Its classes are
+    the teacher's. After every epoch it is measured on the test images: ``error``, the weighted sum of the terms that
+    need no labels (the lowest is the best epoch); ``agreement``, how often its class is that of the teacher's averaged
+    answers; and ``accuracy``, where the data have the teacher's classes.
+
+    Args:
+        config: the run.
+        data: the data, if it is open already.
+        progress: the line that shows what happens.
+        processes: the processes that train together; by default those that torchrun started.
+
+    Raises:
+        ValueError: if the teacher cannot be one or does not fit the data, or a student cannot be made.
+        TypeError: if the student does not take a keyword.
+    """
+
+    best = "-error"
+    config: DistillConfig
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        data: ImageData | None = None,
+        progress: Progress | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.teacher = load_teacher(config)
+        super().__init__(config, data, progress, processes)
+
+    def _preprocessing(self, config: Any) -> Preprocessing | None:
+        """The teacher's own, unless the options say how large images are."""
+        asked = config.image_size is not None or config.channels is not None
+        return None if asked else self.teacher.spec.preprocessing
+
+    def _describe(self, config: Any) -> ModelSpec:
+        self.teacher.take(self.data.preprocessing)
+        teacher, data = self.teacher.spec, self.data
+        same_names = teacher.classes == data.classes or not self.teacher.names_classes
+        self.knows_labels = len(teacher.classes) == len(data.classes) and same_names
+        if config.label_weight and not self.knows_labels:
+            raise ValueError(
+                f"label_weight={config.label_weight}: {self.teacher.source} knows {len(teacher.classes)} classes, "
+                f"other ones than the {len(data.classes)} of {data.name}; leave label_weight at 0"
+            )
+        classes = data.classes if self.knows_labels else teacher.classes
+        keywords = {key: value for key, value in teacher.kwargs.items() if key != "drop_path_rate"}
+        count = config.model_kwargs.get("num_classes", len(classes))
+        if count != len(classes):
+            raise ValueError(f"num_classes={count}: {self.teacher.source} has {len(classes)} classes, which decides it")
+        if config.drop_path:
+            keywords["drop_path_rate"] = config.drop_path
+        keywords = {**keywords, **config.model_kwargs}
+        keywords.setdefault("group", "flop")
+        return ModelSpec(TWIN + teacher.name.split(".")[0], keywords, classes, data.preprocessing)
+
+    def _to_train(self, model: nn.Module, config: Any) -> tuple[nn.Module, Objective]:
+        check_tokens(model, self.teacher.model, self.teacher.source)
+        student = Student(model, self.teacher.width)
+        self.steering = self._steer(student, config) if config.init == "steer" else None
+        self.objective = DistillObjective(
+            config, self.teacher, student.group, self.data.classes, self.data.preprocessing
+        )
+        return student, self.objective
+
+    def _steer(self, student: Student, config: DistillConfig) -> Steering:
+        """Project the teacher's weights onto the student."""
+        group, source = student.group, self.teacher.source
+        check_steerable(self.teacher.model, group, source)
+        device = numerical_device(self.processes.device)
+        teacher = self.teacher.to(device)
+        batches = sample_images(self.data.train, config, device)
+        images = (teacher.normalised(batch) for batch in batches)
+        found = steer(student.student, teacher.model, images, source)
+        student.steer_readers(found.stream, teacher.model)
+        teacher.cpu()
+        return found
+
+    def _measure(self, model: nn.Module) -> dict[str, float]:
+        sums = torch.zeros(5, dtype=torch.float64)  # error, agreement, right answers, images, unreadable ones
+        problem: ValueError | None = None
+        try:
+            rank, count, test = self.processes.rank, self.processes.count, self.data.test
+            skip = self.config.unreadable_test == "skip"
+            own = torch.arange(rank, len(test), count)
+            for batch in test.batches(own, self.plan.batch_size, workers=self.config.workers, skip_unreadable=skip):
+                sums[4] += len(batch.problems)
+                if len(batch.images):
+                    sums[:4] += self._sums(model, batch.images.to(self.device), batch.labels.to(self.device))
+                self.progress.note(f"measuring {int(sums[3]) * count:,} of {len(test):,} images")
+        except ValueError as error:  # the other processes are told first
+            problem = error
+        if self.processes.all_reduce_max(int(problem is not None)):
+            raise problem or ValueError("another process could not measure its test images")
+        weighted, agreed, correct, images, unreadable = self.processes.total(sums).tolist()
+        if not images:
+            raise ValueError(f"none of the {len(self.data.test):,} test images can be read")
+        found = {"error": weighted / images, "unreadable": int(unreadable)}
+        if self.spec.classes:
+            found["agreement"] = agreed / images
+        if self.spec.classes and self.knows_labels:
+            found["accuracy"] = correct / images
+        return found
+
+    def _sums(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Over a batch: of the error, of agreement, of right answers, of images."""
+        found, wanted = Features(*model(images)), self.teacher.views(images, self.objective.group)
+        terms = self.objective.terms(found, wanted)
+        weights = self.objective.weights(terms)
+        error = sum(weights[name] * float(term) for name, term in terms.items())
+        agreed = float(self.objective.agreement(found, wanted).get("agreement", torch.zeros(1)).sum())
+        correct = float((found.logits.argmax(dim=1) == labels).sum()) if self.knows_labels else 0.0
+        return torch.tensor([error * len(images), agreed, correct, len(images)], dtype=torch.float64)
+
+    def write_weights(self) -> Path:
+        """Write the student's final weights as ``model.safetensors``, without what read its features."""
+        with self.session():
+            weights = bare_weights(self.learner.final_weights(), self.config)
+            self.folder.write_weights(cast(dict[str, Tensor], weights), self.about)
+        return self.folder.weights
+
+    def results(self, metrics: dict[str, float]) -> list[str]:
+        """See :meth:`equiflop.classify.ClassifierTrainer.results`."""
+        networks = [("test", ""), ("ema", " of the averaged weights")]
+        return [
+            f"test: {_in_words(metrics, prefix)}{whose}" for prefix, whose in networks if f"{prefix}_error" in metrics
+        ]
+
+    def summary(self, record: EpochRecord) -> str:
+        """See :meth:`equiflop.training.Trainer.summary`."""
+        left_out = record.unreadable + int(record.metrics["test_unreadable"])
+        note = f"  {left_out:,} unreadable images left out" if left_out else ""
+        return (
+            f"epoch {record.epoch}/{self.config.epochs}  loss {record.train_loss:.4f}  "
+            f"test {_in_words(record.metrics, 'test')}  {record.samples_per_second:,.0f} images/s{note}"
+        )
+
+
+def _in_words(metrics: dict[str, float], prefix: str) -> str:
+    shares = [name for name in ("agreement", "accuracy") if f"{prefix}_{name}" in metrics]
+    parts = [f"error {metrics[f'{prefix}_error']:.4f}"]
+    return ", ".join([*parts, *(f"{name} {100 * metrics[f'{prefix}_{name}']:.2f} %" for name in shares)])

@@ -1,0 +1,353 @@
+"""Distillation: a plain teacher, an equivariant student that learns to agree with it, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner, Result
+from hidden_networks import hidden
+from PIL import Image
+from safetensors.torch import save_file
+
+import equiflop
+from equiflop.classify import ClassifierTrainer, ModelSpec, TrainConfig, load_model
+from equiflop.classify.weights import save_weights
+from equiflop.cli.main import main
+from equiflop.data import Preprocessing
+from equiflop.distill import DistillConfig, DistillTrainer, PlainTeacher
+from equiflop.distill.objective import Reader
+from equiflop.grids import named_image_group
+from equiflop.groups import Rep
+from equiflop.models import EquivariantVisionTransformer
+from equiflop.nn import Linear
+from equiflop.training import TrainingInterrupted
+from oracles import move_tokens, scramble
+from test_processes import command, environment, rows
+from test_training import GREY, StopAfter, assert_same_outcome, toy_data
+
+NAME = "deit3_tiny_patch16_224"
+SMALL: dict[str, Any] = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of a plain network that knows the toy data well."""
+    out = tmp_path_factory.mktemp("teacher")
+    config = TrainConfig(
+        model=NAME, data="toy", out=str(out), model_kwargs=SMALL, epochs=12, batch_size=10, lr=5e-3, mirror=0.0,
+        shift=0, label_smoothing=0.0, device="cpu",
+    )  # fmt: skip
+    history = ClassifierTrainer(config, toy_data()).run()
+    assert history[-1].metrics["test_accuracy"] > 0.5
+    return str(out)
+
+
+def config_for(teacher: str, out: Path, **changes: Any) -> DistillConfig:
+    config = DistillConfig(
+        model=NAME, teacher=teacher, data="toy", out=str(out), epochs=3, batch_size=8, lr=3e-3, warmup_epochs=0.5,
+        shift=1, device="cpu",
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["distill", *arguments])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> DistillTrainer:
+    trainer = DistillTrainer(config_for(teacher, tmp_path_factory.mktemp("student"), drop_path=0.1), toy_data())
+    trainer.run()
+    return trainer
+
+
+class TestLearning:
+    def test_the_loss_falls_and_agreement_rises(self, teacher: str, tmp_path: Path) -> None:
+        config = config_for(teacher, tmp_path, epochs=10, batch_size=10, lr=5e-3, shift=0, warmup_epochs=1.0)
+        trainer = DistillTrainer(config, toy_data(300))
+        before = trainer.measurement.of(trainer.learner.networks)
+        history = trainer.run()
+        after = history[-1].metrics
+        assert history[-1].train_loss < history[0].train_loss
+        assert after["test_error"] < 0.5 * before["test_error"]
+        assert after["test_agreement"] > before["test_agreement"] + 0.4
+        assert after["test_accuracy"] > 0.6
+
+    def test_the_student_is_a_network_of_its_own(self, uninterrupted: DistillTrainer) -> None:
+        trained = load_model(uninterrupted.out)
+        assert trained.spec.name == f"twin:{NAME}" and trained.spec.kwargs["group"] == "flop"
+        assert not any("read" in key for key in trained.model.state_dict())
+        assert isinstance(trained.config, DistillConfig)
+        report = equiflop.check(trained.model, input_size=(28, 28), randomize=False)
+        assert report.passed, str(report)
+        images = torch.randn(4, 1, 28, 28)
+        own = uninterrupted.model.get_submodule("student").eval()
+        assert torch.equal(trained.model(images), own(images))
+
+    def test_checkpoints_are_read_too(self, uninterrupted: DistillTrainer) -> None:
+        newest = sorted((uninterrupted.out / "checkpoints").glob("step-*.pt"))[-1]
+        state = load_model(newest).model.state_dict()
+        final = load_model(uninterrupted.out).model.state_dict()
+        assert all(torch.equal(state[key], final[key]) for key in final)
+
+    def test_octic_students_and_narrower_ones(self, teacher: str, tmp_path: Path) -> None:
+        changes: dict[str, Any] = {
+            "model_kwargs": {"group": "octic", "embed_dim": 16, "num_heads": 1, "heads": "coupled"}
+        }
+        config = config_for(teacher, tmp_path, epochs=1, logits_loss="mse", label_weight=0.5, ema_decay=0.9, **changes)
+        trainer = DistillTrainer(config, toy_data())
+        trainer.run()
+        trained = load_model(tmp_path)
+        report = equiflop.check(trained.model, input_size=(28, 28), randomize=False)
+        assert len(report.rows) >= 16 and all(row.error < 1e-6 for row in report.rows), str(report)
+        assert trained.model.rep == Rep.regular(named_image_group("octic"), 2)
+
+    @pytest.mark.parametrize("kind", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"])
+    def test_other_teachers(self, kind: str, tmp_path: Path) -> None:
+        settings: dict[str, Any] = {"img_size": 28, "in_chans": 1, "patch_size": 7, "embed_dim": 16, "depth": 1}
+        settings |= {"num_heads": 2}
+        settings |= {"global_pool": "avg"} if kind.startswith("vit") else {}
+        spec = ModelSpec(kind, settings, tuple("abcdefghij"), GREY)
+        save_weights(tmp_path / "teacher.safetensors", spec.build().state_dict(), spec)
+        config = config_for(str(tmp_path / "teacher.safetensors"), tmp_path / "out", model=kind, epochs=1)
+        assert DistillTrainer(config, toy_data()).run()[-1].train_loss > 0
+
+
+class TestSteered:
+    def test_starts_nearer_to_the_teacher(self, teacher: str, tmp_path: Path) -> None:
+        errors, agreements = [], []
+        for init in ("random", "steer"):
+            trainer = DistillTrainer(config_for(teacher, tmp_path, init=init, init_images=70), toy_data(300))
+            found = trainer.measurement.of(trainer.learner.networks)
+            errors.append(found["test_error"])
+            agreements.append(found["test_agreement"])
+        assert trainer.steering is not None and "steered" in str(trainer.steering)
+        assert errors[1] < 0.7 * errors[0] and agreements[1] >= agreements[0]
+
+    def test_readers_give_the_features_of_a_teacher_that_mirrors(self, tmp_path: Path) -> None:
+        settings = {**SMALL, "img_size": 28, "in_chans": 1, "num_classes": 10, "embed_dim": 32}
+        own = {**settings, "heads": "regular"}
+        made = scramble(EquivariantVisionTransformer(**own).double().eval())
+        plain = hidden(made, {**settings, "no_embed_class": True}).float()
+        spec = ModelSpec(NAME, {**SMALL, "img_size": 28, "in_chans": 1}, tuple("abcdefghij"), GREY)
+        save_weights(tmp_path / "plain.safetensors", plain.state_dict(), spec)
+        config = config_for(str(tmp_path / "plain.safetensors"), tmp_path / "out", init="steer", init_images=70)
+        trainer = DistillTrainer(config, toy_data())
+        found = trainer.measurement.of(trainer.learner.networks)
+        assert found["test_agreement"] == 1.0 and found["test_error"] < 0.5
+
+    def test_resumes_exactly(self, teacher: str, tmp_path: Path) -> None:
+        outcomes = []
+        for stop in (True, False):
+            config = config_for(teacher, tmp_path / str(stop), init="steer", init_images=20, epochs=1)
+            trainer = DistillTrainer(config, toy_data())
+            if stop:
+                with pytest.raises(TrainingInterrupted):
+                    trainer.run_epoch(StopAfter(2))
+                trainer = DistillTrainer(config, toy_data())
+                assert trainer.resume() is not None
+            trainer.run()
+            outcomes.append(trainer)
+        assert_same_outcome(*outcomes)
+
+
+class TestResume:
+    @pytest.mark.parametrize("steps", [0, 3])
+    def test_is_exact(self, uninterrupted: DistillTrainer, teacher: str, tmp_path: Path, steps: int) -> None:
+        config = config_for(teacher, tmp_path, drop_path=0.1)
+        first = DistillTrainer(config, toy_data())
+        first.run_epoch()
+        first.save()
+        with pytest.raises(TrainingInterrupted):
+            first.run_epoch(StopAfter(steps))
+        second = DistillTrainer(config, toy_data())
+        assert second.resume() is not None and (second.epoch, second.step) == (1, steps)
+        second.run()
+        assert_same_outcome(second, uninterrupted)
+
+
+class TestOtherCommands:
+    def test_publish_and_plot_know_distilled_runs(self, uninterrupted: DistillTrainer, tmp_path: Path) -> None:
+        run = str(uninterrupted.out)
+        published = CliRunner().invoke(main, ["publish", run, "-o", str(tmp_path / "net")])
+        assert published.exit_code == 0, published.output
+        card = (tmp_path / "net" / "README.md").read_text()
+        assert "By `equiflop distill` on toy, distilled from another network" in card
+        found = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).eval()
+        images = torch.randn(2, 1, 28, 28)
+        torch.testing.assert_close(found(images), load_model(run).model(images))
+        plotted = CliRunner().invoke(main, ["plot", run, "--output", str(tmp_path / "runs.png")])
+        assert plotted.exit_code == 0, plotted.output
+
+    def test_runs_without_labels(self, teacher: str, tmp_path: Path) -> None:
+        """Images of one folder, in whose place no class of the teacher stands."""
+        for split, count in (("train", 24), ("test", 8)):
+            folder = tmp_path / "photos" / split / "all"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.effect_noise((33, 40), 40 + i).save(folder / f"{i}.png")
+        out = tmp_path / "out"
+        arguments = ["--data", str(tmp_path / "photos"), "--out", str(out), "--batch-size", "8", "--device", "cpu"]
+        result = run("--teacher", teacher, *arguments, "--epochs", "1", "--init", "steer", "--init-images", "8")
+        assert result.exit_code == 0, result.output
+        assert "agreement" in result.stdout and "accuracy" not in result.stdout and "next:" not in result.stdout
+        published = CliRunner().invoke(main, ["publish", str(out), "-o", str(tmp_path / "net")])
+        assert published.exit_code == 0, published.output
+        plotted = CliRunner().invoke(main, ["plot", str(out), "--output", str(tmp_path / "runs.png")])
+        assert plotted.exit_code == 2 and "no accuracy was measured" in plotted.stderr
+
+    @pytest.mark.slow
+    def test_two_processes_train_as_one(self, teacher: str, tmp_path: Path) -> None:
+        losses = []
+        for count in (1, 2):
+            out = tmp_path / str(count)
+            launch = command(count, model=[])
+            launch[launch.index("train")] = "distill"
+            options = ["--teacher", teacher, "--data", "fashion-mnist-part", "--out", str(out), "--epochs", "1"]
+            options += ["--batch-size", str(2000 // count), "--device", "cpu", "--init", "steer", "--init-images", "32"]
+            done = subprocess.run(
+                [*launch, *options], capture_output=True, text=True, timeout=240, env=environment(), check=False
+            )
+            assert done.returncode == 0, done.stderr
+            losses.append([float(row["train_loss"]) for row in rows(out)])
+            losses[-1] += [float(row["test_error"]) for row in rows(out)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class TestTargets:
+    @pytest.mark.parametrize("name", ["flop", "octic", "rot4", "flips"])
+    def test_the_teachers_views_are_a_regular_feature(self, teacher: str, name: str) -> None:
+        group = named_image_group(name)
+        trained = load_model(teacher)
+        plain = PlainTeacher(trained.spec, trained.model.double(), "it").double()
+        images = torch.randn(2, 1, 28, 28, dtype=torch.float64)
+        reference = plain.views(images, group)
+        rep = Rep.regular(group, plain.width)
+        to_irreps = Linear(rep, rep, bias=False, in_order="group").double()
+        to_irreps.init_weights(lambda weight, e: weight.copy_(torch.eye(*weight.shape)))
+
+        def typed(x: torch.Tensor) -> torch.Tensor:
+            typed: torch.Tensor = to_irreps(x).detach()
+            return typed
+
+        for a in range(group.order):
+            moved = plain.views(group.act_on_image(a, images), group)
+            expected = move_tokens(name, rep, a, typed(reference.tokens), (4, 4), 1)
+            torch.testing.assert_close(typed(moved.tokens), expected, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(moved.logits, reference.logits, rtol=1e-10, atol=1e-10)
+
+    def test_images_are_normalised_in_the_teachers_way(self, teacher: str) -> None:
+        trained = load_model(teacher)
+        plain = PlainTeacher(trained.spec, trained.model, "it")
+        pixels = torch.rand(2, 1, 28, 28)
+        expected = plain(pixels / 0.35 - 0.3 / 0.35)
+        plain.take(Preprocessing((1, 28, 28), (0.5,), (0.25,)))
+        torch.testing.assert_close(plain((pixels - 0.5) / 0.25), expected)
+
+    def test_readers_give_such_a_feature(self) -> None:
+        group = named_image_group("octic")
+        rep = Rep.regular(group, 2)
+        reader = Reader(rep, 3).double()
+        x = torch.randn(5, rep.dim, dtype=torch.float64)
+        for a in range(group.order):
+            permuted = reader(x).unflatten(-1, (group.order, 3))
+            places = [group.multiply(group.inverse(a), k) for k in range(group.order)]
+            torch.testing.assert_close(reader(rep.act(a, x)), permuted[:, places].flatten(-2))
+
+
+class TestRefusals:
+    def refused(self, result: Result, *words: str) -> None:
+        assert result.exit_code == 2, result.output
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1 or lines[0].startswith("Usage"), result.stderr
+        assert all(word in lines[-1] for word in words), lines[-1]
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["flop_deit3_tiny_patch16_224"], ["equivariant already", "plain network"]),
+            (["twin:vit_small_patch16_224"], ["equivariant already"]),
+            (["deit3_tiny_patch16_224"], ["no weights", "--teacher-checkpoint"]),
+            (["vit_smal_patch16_224"], ["unknown", "did you mean"]),
+            (["vit_small_patch16_224", "--teacher-checkpoint", "nosuch.pth"], ["nosuch.pth", "no such file"]),
+            ([], ["NAME", "--teacher"]),
+            ([NAME, "--class-weight=0", "--patch-weight=0", "--middle-weight=0", "--logits-weight=0"], ["above 0"]),
+            ([NAME, "--init", "guess"], ["init='guess'", "random, steer"]),
+        ],
+    )
+    def test_in_one_line(self, arguments: list[str], words: list[str]) -> None:
+        self.refused(run(*arguments, "--data", "fashion-mnist-part"), *words)
+
+    def test_of_another_size(self, teacher: str) -> None:
+        result = run("--teacher", teacher, "--data", "fashion-mnist-part", "--img-size", "56")
+        self.refused(result, "1x28x28", "1x56x56", "--img-size")
+
+    def test_of_other_classes_where_labels_are_used(self, teacher: str) -> None:
+        result = run("--teacher", teacher, "--data", "fashion-mnist-part", "--label-weight", "1")
+        self.refused(result, "label_weight=1.0", "10 classes", "leave label_weight at 0")
+
+    def test_that_are_no_vision_transformers(self, tmp_path: Path) -> None:
+        spec = ModelSpec("resnet18", {"in_chans": 1}, tuple("abcdefghij"), GREY)
+        save_weights(tmp_path / "net.safetensors", spec.build().state_dict(), spec)
+        result = run("--teacher", str(tmp_path / "net.safetensors"), "--data", "fashion-mnist-part")
+        self.refused(result, "ResNet", "VisionTransformer")
+
+    def test_of_a_run_of_another_name(self, teacher: str) -> None:
+        result = run("vit_small_patch16_224", "--teacher", teacher, "--data", "fashion-mnist-part")
+        self.refused(result, "not of vit_small_patch16_224", "leave out NAME")
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"freeze_backbone": True}, "freeze_backbone"),
+            ({"distillation": "soft"}, "--logits-loss"),
+            ({"teacher_checkpoint": "x.pth"}, "exclude each other"),
+        ],
+    )
+    def test_settings_that_do_not_apply(self, settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=words):
+            config_for("run", tmp_path, **settings)
+
+    def test_steering_octic_students(self, teacher: str) -> None:
+        arguments = ["--teacher", teacher, "--data", "fashion-mnist-part", "--init", "steer", "--group", "octic"]
+        self.refused(
+            run(*arguments, "--set", "heads=coupled", "--set", "num_heads=1"), "flop or updown", "--init random"
+        )
+
+    def test_of_other_patches(self, teacher: str) -> None:
+        arguments = ["--teacher", teacher, "--data", "fashion-mnist-part", "--set", "patch_size=4"]
+        self.refused(run(*arguments), "4x4 pixels in 7x7 patches", "7x7 pixels in 4x4 patches", "leave patch_size")
+
+    def test_of_a_group_that_does_not_exist(self, teacher: str) -> None:
+        self.refused(run("--teacher", teacher, "--data", "fashion-mnist-part", "--group", "d8"), "d8", "octic")
+
+
+def test_a_file_of_weights_teaches(tmp_path: Path) -> None:
+    """Whatever the number of its classes, from the command line to the student."""
+    network = timm.create_model("deit3_tiny_patch16_224", num_classes=3)
+    save_file(network.state_dict(), str(tmp_path / "net.safetensors"))
+    from equiflop.distill.teacher import load_teacher
+
+    config = replace(config_for("", tmp_path), teacher_checkpoint=str(tmp_path / "net.safetensors"))
+    found = load_teacher(config)
+    image = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(found.model(image), network.eval()(image))
+    assert found.spec.classes == ("0", "1", "2")
+
+
+def test_command(teacher: str, tmp_path: Path) -> None:
+    """On other data than the teacher's, so without accuracy; the same command again has nothing left to do."""
+    arguments = ["--teacher", teacher, "--data", "fashion-mnist-part", "--out", str(tmp_path / "out")]
+    arguments += ["--epochs", "1", "--batch-size", "4000", "--width", "16", "--device", "cpu"]
+    for _ in range(2):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+        assert "agreement" in result.stdout and "accuracy" not in result.stdout
+    checked = CliRunner().invoke(main, ["check", f"twin:{NAME}", "--checkpoint", str(tmp_path / "out")])
+    assert checked.exit_code == 0, checked.output
