@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from equiflop.extras import check_installed
-from equiflop.files import write_atomically
-
-_FORMATS = ("png", "svg", "pdf")
+from equiflop.figure_files import check_figure_file, save_figure
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,7 @@ def draw_runs(runs: Sequence[RunLog], output: Path) -> None:
         ValueError: if the file is not an image of a known kind.
         OSError: if it cannot be written; what was there before is then intact.
     """
-    kind = output.suffix.lower().removeprefix(".")
-    if kind not in _FORMATS:
-        raise ValueError(f"output={str(output)!r} must end with .{', .'.join(_FORMATS)}")
-    check_installed("matplotlib", "demo", "a figure")
+    check_figure_file(output, "output")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -100,7 +94,7 @@ def draw_runs(runs: Sequence[RunLog], output: Path) -> None:
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
     loss.legend()
-    write_atomically(output, lambda file: figure.savefig(file, format=kind, dpi=120))
+    save_figure(figure, output)
 
 
 def _label(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from equiflop.cli.completion import complete_groups, complete_models, complete_recipes
-from equiflop.cli.options import json_option
+from equiflop.cli.options import amp_option, json_option, resume_option
 from equiflop.cli.train import TrainCommand, carry_out, options_of
 
 if TYPE_CHECKING:
@@ -35,15 +35,8 @@ class DistillCommand(TrainCommand):
 )
 @click.option("--width", type=click.IntRange(1), help="Channels of the student.  [default: the teacher's]")
 @click.option("--recipe", shell_complete=complete_recipes, help="Start from a recipe's options: its name, or a file.")
-@click.option(
-    "--resume",
-    type=click.Choice(["auto", "never"]),
-    default="auto",
-    show_default=True,
-    help="auto goes on from the newest checkpoint in --out, if there is one; never starts anew and removes them as "
-    "soon as a step has succeeded.",
-)
-@click.option("--amp", is_flag=True, help="Short for --precision bfloat16.")
+@resume_option
+@amp_option
 @click.option(
     "--report", is_flag=True, help="Train nothing: print how equivariant the teacher already is, layer by layer."
 )

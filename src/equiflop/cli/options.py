@@ -17,6 +17,15 @@ device_option = click.option(
     shell_complete=complete_devices,
     help="auto, cpu, cuda or mps, or one of several such as cuda:1.",
 )
+resume_option = click.option(
+    "--resume",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="auto goes on from the newest checkpoint in --out, if there is one; never starts anew and removes them as "
+    "soon as a step has succeeded.",
+)
+amp_option = click.option("--amp", is_flag=True, help="Short for --precision bfloat16.")
 workers_option = click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode image files."
 )

@@ -18,7 +18,7 @@ from equiflop.cli.completion import (
     complete_models_or_files,
     complete_recipes,
 )
-from equiflop.cli.options import ImageSize, KeyValue, json_option
+from equiflop.cli.options import ImageSize, KeyValue, amp_option, json_option, resume_option
 
 if TYPE_CHECKING:
     from equiflop.classify import ClassifierTrainer, TrainConfig
@@ -80,15 +80,8 @@ def _option(name: str, default: Any, text: str, place: str) -> click.Option:
     help="Start from a recipe's options: its name (--list-recipes), or a YAML file.",
 )
 @click.option("--list-recipes", is_flag=True, help="List the recipes and stop.")
-@click.option(
-    "--resume",
-    type=click.Choice(["auto", "never"]),
-    default="auto",
-    show_default=True,
-    help="auto goes on from the newest checkpoint in --out, if there is one; never starts anew and removes them as "
-    "soon as a step has succeeded.",
-)
-@click.option("--amp", is_flag=True, help="Short for --precision bfloat16.")
+@resume_option
+@amp_option
 @json_option
 def command(
     model: str | None,

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from equiflop.distill.steer.involution import best_involution, share_kept
 from equiflop.distill.steer.observe import Moments, token_places
 from equiflop.distill.teacher import PlainTeacher
-from equiflop.extras import check_installed
-from equiflop.files import write_atomically
+from equiflop.figure_files import check_figure_file, save_figure
 from equiflop.image_group import ImageGroup
-
-_FORMATS = ("png", "pdf", "svg")
 
 
 @dataclass(frozen=True)
@@ -133,10 +130,7 @@ def draw_report(report: MirrorReport, output: Path) -> None:
         ValueError: if the file is not an image of a known kind.
         OSError: if it cannot be written; what was there before is then intact.
     """
-    kind = output.suffix.lower().removeprefix(".")
-    if kind not in _FORMATS:
-        raise ValueError(f"plot={str(output)!r} must end with .{', .'.join(_FORMATS)}")
-    check_installed("matplotlib", "demo", "a figure")
+    check_figure_file(output, "plot")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -151,4 +145,4 @@ def draw_report(report: MirrorReport, output: Path) -> None:
     axes.set(ylabel="variance kept in %", title=report.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomically(output, lambda file: figure.savefig(file, format=kind, dpi=120))
+    save_figure(figure, output)
