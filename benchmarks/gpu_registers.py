@@ -22,7 +22,7 @@ from typing import Any
 
 from equiflop.files import write_text
 from equiflop.groups import FiniteGroup, Rep, cyclic, dihedral, direct_product
-from equiflop.kernels.gpu import launch, tiles
+from equiflop.kernels.gpu import launch, norm_ops, product_ops, tiles
 from equiflop.kernels.gpu.norms import Norm, NormBackward
 from equiflop.kernels.gpu.products import Product, WeightGradient
 from equiflop.kernels.gpu.source import kernel
@@ -84,14 +84,14 @@ def measure(what: Any, tile: Tile | None, n_in: int, n_out: int, arch: int) -> d
 
     function = kernel(what)
     if isinstance(what, WeightSums):
-        known = {"N_IN": n_in, "N_OUT": n_out, "BM": launch.SUM_ROWS, "BN": launch.SUM_COLUMNS}
+        known = {"N_IN": n_in, "N_OUT": n_out, "BM": product_ops.SUM_ROWS, "BN": product_ops.SUM_COLUMNS}
         options = {"num_warps": launch.SUM_WARPS}
     elif isinstance(what, RowSums):
-        known = dict(zip(("BM", "BN"), launch.ROW_SUM_TILE, strict=True))
+        known = dict(zip(("BM", "BN"), norm_ops.ROW_SUM_TILE, strict=True))
         options = {"num_warps": launch.SUM_WARPS}
     elif tile is None:
-        known = {"N": n_in, "WIDTH": 1 << (n_in - 1).bit_length(), "BM": launch.NORM_ROWS}
-        options = {"num_warps": launch.NORM_WARPS}
+        known = {"N": n_in, "WIDTH": 1 << (n_in - 1).bit_length(), "BM": norm_ops.NORM_ROWS}
+        options = {"num_warps": norm_ops.NORM_WARPS}
     else:
         known = {**tile.constants(132), "N_IN": n_in, "N_OUT": n_out}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}

@@ -1,4 +1,4 @@
-"""Products, MLPs and norms with their gradients, made of the kernels of ``launch``."""
+"""Products, MLPs and norms with their gradients, made of the operators beside."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from equiflop.kernels.gpu.launch import (
-    schur_norm,
-    schur_norm_backward,
-    schur_product,
-    schur_weight_gradient,
-)
+from equiflop.kernels.gpu.norm_ops import schur_norm, schur_norm_backward
+from equiflop.kernels.gpu.product_ops import schur_product, schur_weight_gradient
 from equiflop.kernels.gpu.products import Axis
 
 
