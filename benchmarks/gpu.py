@@ -3,7 +3,8 @@
     python benchmarks/gpu.py --budget 9m --out gpu-results
 
 Tests come first, then a training with CUDA graphs, blocks (our kernels, TorchInductor's, plain) and whole networks,
-forward and in training, all at plain's best options too. What is finished is kept in the folder and not done again;
+forward and in training, all at plain's best options too, and in the end a study of accuracy on CIFAR-10, which takes
+hours and goes on from where it was cut off. What is finished is kept in the folder and not done again;
 what the budget cuts off comes again the next time. At the end, and with ``--report`` alone, a table is printed
 (``report.md``) with what ``gpu_prediction.py`` says beside it, and the figures are drawn.
 """
@@ -50,8 +51,13 @@ class Task:
     seconds: float = 150.0
 
 
-def tasks(quick: bool) -> Iterator[Task]:
-    """The queue; ``quick`` runs everything once, as small as it can be, to see that it runs."""
+def tasks(quick: bool, images: str | None = None) -> Iterator[Task]:
+    """The queue.
+
+    Args:
+        quick: run everything once, as small as it can be, to see that it runs.
+        images: CIFAR-10 as a folder, for the study; else torchvision downloads it.
+    """
     of_blocks = ("--batch", "1", "--rounds", "1", "--seconds", "0.01") if quick else ()
     of_bench = ("--rounds", "1", "--seconds", "0.01", "--set", "depth=1") if quick else ("--rounds", "7")
     yield Task("tests", ("-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")), 240)
@@ -68,11 +74,18 @@ def tasks(quick: bool) -> Iterator[Task]:
             batch = "128" if step == "forward" else "64"
             words = (str(HERE / "gpu_blocks.py"), name, "--step", step, "--batch", batch, *of_blocks, *device)
             yield Task(f"blocks-{step}-{name}", (*words, "--output", "OUTPUT"), 90)
+            if "huge" not in name and "small" not in name:
+                yield Task(f"descriptors-{step}-{name}", (*words, "--descriptors", "--output", "OUTPUT"), 90)
     for name in names[2:3] if quick else [*names[2:], *names[:2], *OTHERS]:
         for step, batch in (("forward", "128"), ("train", "64")):
             words = ("-m", "equiflop", "bench", name, "--step", step, "--batch-size", "1" if quick else batch)
             words += ("--mode", "reduce-overhead", "--mode", "max-autotune", "--dtype", "bfloat16", *of_bench)
             yield Task(f"bench-{step}-{name}", (*words, *device, "--memory", "--output", "OUTPUT"), 240)
+    study = (str(HERE.parent / "studies/cifar10.py"), "run", "--scale", "full", "--jobs", "1", "--out", "FOLDER")
+    study += ("--data", images) if images else ()
+    if images or not quick:
+        one = ("--seeds", "1", "--name", "vit-E-seed0", "--epochs", "1") if quick else ()
+        yield Task("study", (*study, *one), 60)
 
 
 def run(queue: list[Task], folder: Path, budget: float, again: bool) -> None:
@@ -138,7 +151,11 @@ def report(queue: list[Task], folder: Path) -> str:
         cells = [_spread(ratios.get(form)) for form in ("Triton", "Inductor")]
         said = predicted.get(_key(block["name"], block["step"]), "")
         error = "" if error is None else f"{error:.1e}"
-        lines.append(f"| {block['name']} | {block['step']} | {' | '.join(cells)} | {said} | {error} |")
+        name = block["name"] + (", descriptors" if block.get("descriptors") else "")
+        lines.append(f"| {name} | {block['step']} | {' | '.join(cells)} | {said} | {error} |")
+    study = folder / "study" / "table.md"
+    if study.exists():
+        lines += ["", study.read_text().rstrip()]
     entries = [Entry.from_dict(entry) for task in queue for entry in _read(folder, task, "entries")]
     best: dict[tuple[str, str, str], Entry] = {}
     for entry in entries:
@@ -207,14 +224,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=_seconds, default=540.0, help="time for this call: 90s, 9m, 1h")
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
+    parser.add_argument("--cifar10", help="folder with train/CLASS/*, test/CLASS/*; default: torchvision downloads it")
     parser.add_argument("--only", default="", help="part of the names of tasks, such as blocks-train")
     parser.add_argument("--again", action="store_true", help="what failed is tried again")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--quick", action="store_true", help="on the CPU, everything small: to see that it runs")
     options = parser.parse_args()
-    queue = [task for task in tasks(options.quick) if options.only in task.name]
+    queue = [task for task in tasks(options.quick, options.cifar10) if options.only in task.name]
     if not queue:
-        names = ", ".join(task.name for task in tasks(options.quick))
+        names = ", ".join(task.name for task in tasks(options.quick, options.cifar10))
         parser.error(f"--only={options.only}: no task has that in its name; they are {names}")
     if not (options.report or options.quick or torch.cuda.is_available()):
         parser.error("there is no GPU that PyTorch could use; --quick runs everything small on the CPU")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -94,6 +95,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "batch": options.batch,
         "dtype": options.dtype,
         "mode": options.mode,
+        "descriptors": options.descriptors,
         "largest_relative_error": error,
         "ms": {form: 1e3 * Spread.of(values).median for form, values in times.items()},
         "times_as_fast_as_plain": {form: vars(Spread.of(values)) for form, values in ratios.items()},
@@ -110,9 +112,12 @@ def main() -> None:
     parser.add_argument("--mode", default="reduce-overhead", help="of torch.compile")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.2, help="least length of a turn")
+    parser.add_argument("--descriptors", action="store_true", help="tiles of products by tensor descriptors (TMA)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
+    if options.descriptors:
+        os.environ["EQUIFLOP_TMA"] = "1"
     found: list[dict[str, Any]] = []
     for name in options.names:
         found.append(measure(name, options))

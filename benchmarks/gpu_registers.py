@@ -69,6 +69,15 @@ def kernels_of(lanes: Lanes) -> Iterator[tuple[str, Any, int, int]]:
     yield "norm, backward", NormBackward(lanes, entries, True, True, True), width, width
 
 
+def uses_of(lanes: Lanes, arch: int) -> Iterator[tuple[str, Any, int, int]]:
+    """Those of an architecture: on Hopper, products are there with tiles by descriptors too."""
+    for use, what, n_in, n_out in kernels_of(lanes):
+        yield use, what, n_in, n_out
+        if arch >= 90 and isinstance(what, Product) and what.reads != "heads":
+            form = replace(what, descriptors=True, transposed="backward" in use)
+            yield f"{use}, descriptors", form, n_in, n_out
+
+
 def tiles_of(what: Any, arch: int) -> list[Tile | None]:
     """Those that are tried; None for norms and sums, which have one way."""
     if not isinstance(what, Product | WeightGradient):
@@ -96,14 +105,15 @@ def measure(what: Any, tile: Tile | None, n_in: int, n_out: int, arch: int) -> d
         known = {**tile.constants(132), "N_IN": n_in, "N_OUT": n_out}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
     types, constants, hints = {}, {}, {}
+    inner = "_out" if getattr(what, "transposed", False) else "_in"
     for i, name in enumerate(function.arg_names):
-        if name in known or (name.startswith("w") and name.endswith("_in")):  # the inner step of weights is 1
+        if name in known or (name.startswith("w") and name.endswith(inner)):  # the inner step of weights is 1
             types[name], constants[(i,)] = "constexpr", known.get(name, 1)
         elif name in ("M", "SCALE_OF_M", "TOKENS", "LENGTH", "PARTS", "size") or (
-            re.search("_(row|out)$", name) and name != "dy"
+            re.search("_(row|out|in)$", name) and name != "dy"
         ):
             types[name] = "i32"
-            hints[(i,)] = [["tt.divisibility", 16]] if re.search("_(row|out)$", name) else []
+            hints[(i,)] = [["tt.divisibility", 16]] if re.search("_(row|out|in)$", name) else []
         elif name == "eps":
             types[name] = "fp32"
         else:
@@ -116,6 +126,7 @@ def measure(what: Any, tile: Tile | None, n_in: int, n_out: int, arch: int) -> d
         "warps": options["num_warps"],
         "shared_bytes": made.metadata.shared,
         "wgmma": made.asm["ptx"].count("wgmma.mma_async"),
+        "tma": made.asm["ptx"].count("cp.async.bulk.tensor"),
     } | assembled(made.asm["ptx"], arch)
 
 
@@ -152,7 +163,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for arch in options.arch:
         for group in options.groups:
-            for use, what, n_in, n_out in kernels_of(lanes_of(GROUPS[group])):
+            for use, what, n_in, n_out in uses_of(lanes_of(GROUPS[group]), arch):
                 if options.only and options.only not in use:
                     continue
                 for tile in tiles_of(what, arch):

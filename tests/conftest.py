@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+
+# The tensors are tiny, and pytest's workers share the cores: one thread here, and in what tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from equiflop.kernels import layout_of
 settings.register_profile("reproducible", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("reproducible")
 
-torch.set_num_threads(1)  # the tensors are tiny, and pytest's workers share the cores
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,8 @@ def test_a_smoke_run(name: str, tmp_path: Path) -> None:
 
 def test_what_was_stopped_goes_on(tmp_path: Path) -> None:
     """An example that is run again takes the trained networks from its folder."""
-    command = [sys.executable, str(EXAMPLES / "segmentation.py"), "--epochs", "1", "--out", "runs", "--scenes", "32"]
+    command = [sys.executable, str(EXAMPLES / "point_clouds.py"), "--epochs", "1", "--out", "runs", "--width", "48"]
+    command += ["--depth", "1", "--heads", "1", "--points", "16", "--clouds", "64", "--tests", "32"]
     for again in (False, True):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment())
         assert done.returncode == 0, done.stderr

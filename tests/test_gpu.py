@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 import equiflop
 from equiflop.benchmark.compare import BenchConfig, compare
+from equiflop.data import Augmentation, MemorySplit, Preprocessing
 from equiflop.training import RunConfig, Trainer
 from oracles import relative_error
 from small_vits import DESIGNS, images_for, scrambled, small_vit
@@ -86,3 +87,14 @@ def test_compiled_training_makes_the_losses_of_eager_training(mode: str, tmp_pat
     for ours, theirs in zip(*histories, strict=True):
         assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-3)
         assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-2, abs=0.05)
+
+
+def test_images_are_augmented_as_on_the_cpu() -> None:
+    images = torch.randint(0, 256, (50, 3, 9, 12), dtype=torch.uint8)
+    split = MemorySplit(images, torch.arange(50), Preprocessing((3, 9, 12), (0.5,) * 3, (0.25,) * 3))
+    augmentation = Augmentation(0.5, 2, 0.5, seed=7, epoch=3)
+    order = torch.randperm(50)
+    here = next(split.batches(order, 20, augmentation))
+    there = next(split.on(torch.device("cuda")).batches(order, 20, augmentation))
+    torch.testing.assert_close(there.images.cpu(), here.images)
+    assert torch.equal(there.labels.cpu(), here.labels)

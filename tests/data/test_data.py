@@ -96,6 +96,15 @@ class TestAugmentation:
         scattered = torch.cat([batch.images for batch in split.batches(order, 7, augmentation)])
         assert torch.equal(scattered, together[order])
 
+    def test_images_on_a_device_stay_there(self) -> None:
+        """On the meta device, which computes nothing, a tensor of another device in an operation would be an error."""
+        split = MemorySplit(self.images, torch.zeros(50).long(), Preprocessing((2, 9, 12), (0.0, 0.0), (1.0, 1.0)))
+        augmentation = Augmentation(0.5, 2, 0.5, seed=7, epoch=3)
+        here = next(split.batches(torch.arange(50), 50, augmentation))
+        there = next(split.on(torch.device("meta")).batches(torch.arange(50), 50, augmentation))
+        assert there.images.device.type == there.labels.device.type == "meta"
+        assert there.images.shape == here.images.shape and split.images.device.type == "cpu"
+
     def test_every_outcome_is_a_shift_of_the_image_or_its_mirror_image(self) -> None:
         augmented = shift_and_mirror(self.images, torch.arange(50), Augmentation(0.5, 1, 0.5, 0, 0))
         outcomes = set()

@@ -21,7 +21,7 @@ from equiflop.classify.weights import save_weights
 from equiflop.cli.main import main
 from equiflop.data import Preprocessing
 from equiflop.distill import DistillConfig, DistillTrainer, PlainTeacher
-from equiflop.distill.objective import Reader
+from equiflop.distill.objective import Reader, Student
 from equiflop.grids import named_image_group
 from equiflop.groups import Rep
 from equiflop.models import EquivariantVisionTransformer
@@ -32,6 +32,7 @@ from test_processes import command, environment, rows
 from test_training import GREY, StopAfter, assert_same_outcome, toy_data
 
 NAME = "deit3_tiny_patch16_224"
+SPEC_OF_MAPS = ModelSpec("convnext_tiny", {}, tuple("abcdefghij"), Preprocessing((3, 32, 32), (0.5,) * 3, (0.5,) * 3))
 SMALL: dict[str, Any] = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0}
 
 
@@ -58,6 +59,17 @@ def config_for(teacher: str, out: Path, **changes: Any) -> DistillConfig:
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["distill", *arguments])
+
+
+@pytest.fixture(scope="module")
+def convnext(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a plain ConvNeXt for Fashion-MNIST."""
+    settings = {"in_chans": 1, "depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]}
+    normalisation = Preprocessing((1, 32, 32), (0.286,), (0.353,))
+    spec = ModelSpec("convnext_tiny", settings, tuple("abcdefghij"), normalisation)
+    place = tmp_path_factory.mktemp("convnext") / "net.safetensors"
+    save_weights(place, spec.build().state_dict(), spec)
+    return str(place)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +240,7 @@ class TestTargets:
         plain = PlainTeacher(trained.spec, trained.model.double(), "it").double()
         images = torch.randn(2, 1, 28, 28, dtype=torch.float64)
         reference = plain.views(images, group)
-        rep = Rep.regular(group, plain.width)
+        rep = Rep.regular(group, plain.widths[0])
         to_irreps = Linear(rep, rep, bias=False, in_order="group").double()
         to_irreps.init_weights(lambda weight, e: weight.copy_(torch.eye(*weight.shape)))
 
@@ -241,6 +253,43 @@ class TestTargets:
             expected = move_tokens(name, rep, a, typed(reference.tokens), (4, 4), 1)
             torch.testing.assert_close(typed(moved.tokens), expected, rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(moved.logits, reference.logits, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("name", ["flop", "flips"])
+    def test_views_of_maps_are_a_regular_feature_too(self, name: str) -> None:
+        """Of a ConvNeXt, behind the last stage and behind the one before, which have other grids and other widths."""
+        group = named_image_group(name)
+        settings = {"depths": [1, 1, 2, 1], "dims": [4, 4, 8, 12], "num_classes": 10, "ls_init_value": 1.0}
+        plain = PlainTeacher(SPEC_OF_MAPS, timm.create_model("convnext_tiny", **settings).double(), "it").double()
+        images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+        reference = plain.views(images, group)
+        assert plain.widths == (12, 8)
+        for a in range(group.order):
+            moved = plain.views(group.act_on_image(a, images), group)
+            for found, wanted, grid in (
+                (moved.tokens, reference.tokens, (2, 3)),
+                (moved.middle, reference.middle, (4, 6)),
+            ):
+                places = torch.from_numpy(group.act_on_grid(a, *grid))
+                copies = [group.multiply(group.inverse(a), k) for k in range(group.order)]
+                placed = torch.empty_like(wanted)
+                placed[:, places] = wanted
+                placed = placed.unflatten(-1, (group.order, -1))[..., copies, :].flatten(-2)
+                torch.testing.assert_close(found, placed, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(moved.logits, reference.logits, rtol=1e-10, atol=1e-10)
+
+    def test_students_without_class_tokens_are_read(self) -> None:
+        """What is read has the shapes of the teacher's features, in ResMLP and ConvNeXt."""
+        for name, settings in (
+            ("resmlp_12_224", {"img_size": 32}),
+            ("convnext_tiny", {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]}),
+        ):
+            plain = PlainTeacher(SPEC_OF_MAPS, timm.create_model(name, num_classes=10, **settings), "it")
+            student = Student(equiflop.twin(name, num_classes=10, **settings), plain.widths)
+            images = torch.randn(2, 3, 32, 32)
+            wanted = plain.views(images, student.group)
+            shapes = [part.shape for part in (wanted.tokens, wanted.middle, wanted.logits)]
+            assert [part.shape for part in student(images)] == shapes
+            assert plain.prefix_tokens == 0 and student.no_weight_decay() == set()
 
     def test_images_are_normalised_in_the_teachers_way(self, teacher: str) -> None:
         trained = load_model(teacher)
@@ -292,11 +341,19 @@ class TestRefusals:
         result = run("--teacher", teacher, "--data", "fashion-mnist-part", "--label-weight", "1")
         self.refused(result, "label_weight=1.0", "10 classes", "leave label_weight at 0")
 
-    def test_that_are_no_vision_transformers(self, tmp_path: Path) -> None:
+    def test_of_other_classes_of_network(self, tmp_path: Path) -> None:
         spec = ModelSpec("resnet18", {"in_chans": 1}, tuple("abcdefghij"), GREY)
         save_weights(tmp_path / "net.safetensors", spec.build().state_dict(), spec)
         result = run("--teacher", str(tmp_path / "net.safetensors"), "--data", "fashion-mnist-part")
-        self.refused(result, "ResNet", "VisionTransformer")
+        self.refused(result, "ResNet", "VisionTransformer", "ConvNeXt")
+
+    def test_steering_a_convnext(self, convnext: str) -> None:
+        arguments = ["--teacher", convnext, "--data", "fashion-mnist-part"]
+        self.refused(run(*arguments, "--init", "steer"), "reads timm's VisionTransformer", "ConvNeXt", "--init random")
+
+    def test_of_other_maps(self, convnext: str) -> None:
+        arguments = ["--teacher", convnext, "--data", "fashion-mnist-part", "--set", "patch_size=8"]
+        self.refused(run(*arguments), "a place per", "leave patch_size")
 
     def test_of_a_run_of_another_name(self, teacher: str) -> None:
         result = run("vit_small_patch16_224", "--teacher", teacher, "--data", "fashion-mnist-part")
@@ -351,3 +408,15 @@ def test_command(teacher: str, tmp_path: Path) -> None:
         assert "agreement" in result.stdout and "accuracy" not in result.stdout
     checked = CliRunner().invoke(main, ["check", f"twin:{NAME}", "--checkpoint", str(tmp_path / "out")])
     assert checked.exit_code == 0, checked.output
+
+
+def test_command_with_a_convnext(convnext: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    arguments = ["--teacher", convnext, "--data", "fashion-mnist-part", "--batch-size", "4000", "--device", "cpu"]
+    result = run(*arguments, "--epochs", "1", "--out", out)
+    assert result.exit_code == 0 and "agreement" in result.stdout, result.output
+    student = load_model(out)
+    assert student.spec.name == "twin:convnext_tiny"
+    assert equiflop.check(student.model, input_size=(32, 32), randomize=False).passed
+    looked = run(*arguments, "--report", "--init-images", "20")
+    assert looked.exit_code == 0 and "stage 3 block 0" in looked.stdout, looked.output

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from click.testing import CliRunner, Result
 from hidden_networks import hidden
@@ -49,6 +50,26 @@ def test_of_a_network_that_is_not() -> None:
     report = mirror_report(PlainTeacher(SPEC, plain, "it").double(), images(), FLOP)
     for layer in report.layers:
         assert layer.unchanged <= layer.best + 1e-12 and layer.common <= layer.best + 1e-12 < 0.95
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_of_a_convnext(symmetric: bool) -> None:
+    """One whose kernels are their own mirror images mirrors without any involution; the reductions are mirrored too."""
+    settings = {"depths": [1, 2, 1, 1], "dims": [4, 4, 8, 8], "num_classes": 10, "ls_init_value": 1.0}
+    plain: Any = scramble(timm.create_model("convnext_tiny", **settings).double().eval())
+    if symmetric:
+        for name, weight in plain.named_parameters():
+            if weight.ndim == 4 and not name.startswith("head"):
+                weight.data = (weight.data + weight.data.flip(3)) / 2
+    batches = list(torch.randn(20, 3, 64, 64, dtype=torch.float64).split(10))
+    report = mirror_report(PlainTeacher(SPEC, plain, "it").double(), batches, FLOP)
+    assert [layer.place for layer in report.layers][:5] == [
+        "stage 0", "stage 0 block 0", "stage 1", "stage 1 block 0", "stage 1 block 1",
+    ]  # fmt: skip
+    assert len(report.layers) == 9
+    shares = [layer.unchanged for layer in report.layers]
+    assert min(shares) == pytest.approx(1, abs=1e-9) if symmetric else max(shares) < 0.95
+    assert all(layer.unchanged <= layer.best + 1e-12 and layer.common <= layer.best + 1e-12 for layer in report.layers)
 
 
 def test_of_nothing_and_of_larger_groups() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from equiflop import Rep, kernels
 from equiflop.kernels import Layout, layout_of, orders, schur
 from equiflop.kernels import norm as norms
-from equiflop.kernels.gpu import branch, functions
+from equiflop.kernels.gpu import branch, functions, product_ops
 from equiflop.kernels.gpu.functions import Map
 from equiflop.kernels.gpu.products import ACTIVATIONS, Axis
 from equiflop.kernels.lanes import Lanes, decode
@@ -127,6 +127,41 @@ def test_rows_that_lie_apart() -> None:
     batched = torch.randn(2, 3, a.dim, device=DEVICE)
     y = functions.multiply(batched, weights, None, how)
     assert y.shape == (6, b.dim)
+
+
+@pytest.mark.parametrize(("writes", "sections"), [("irreps", 1), ("heads", 3)])
+@pytest.mark.parametrize("reads", ["irreps", "group"])
+@pytest.mark.parametrize("name", NAMES)
+def test_tiles_by_descriptors(
+    name: str, reads: Axis, writes: Axis, sections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On request, where rows begin at multiples of 16 bytes: the same products and gradients, by other loads."""
+    if CUDA and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no Hopper")
+    monkeypatch.setenv("EQUIFLOP_TMA", "1")
+    taken: list[bool] = []
+    run = product_ops.run_tuned
+
+    def noted(what: Any, *arguments: Any) -> None:
+        taken.append(getattr(what, "descriptors", False))
+        run(what, *arguments)
+
+    monkeypatch.setattr(product_ops, "run_tuned", noted)
+    a, b = layouts(name, 20, 36 if name == "C2" else 12)
+    how = Map(a.code, reads, writes, sections, 4)
+    weights = weights_of(a, b, sections)
+    x = torch.randn(37, a.dim, device=DEVICE)
+    x.requires_grad_()
+    y = functions.multiply(x, weights, None, how)
+    assert taken == [True]
+    expected = product(x, weights, None, a, b, how)
+    assert relative_error(y, expected) < TOLERANCES[torch.float32]
+    (gradient,) = torch.autograd.grad(y.square().sum(), [x])
+    (exact,) = torch.autograd.grad(expected.square().sum(), [x])
+    assert relative_error(gradient, exact) < 2 * TOLERANCES[torch.float32]
+    assert taken[1:] == [writes != "heads"]
+    functions.multiply(torch.randn(5, a.dim + 1, device=DEVICE)[:, : a.dim], weights, None, how)  # rows 4 bytes off
+    assert taken[2:] == [False]
 
 
 def test_no_rows() -> None:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("triton")
 
@@ -43,10 +44,12 @@ def test_every_tile_that_is_tried_has_been_assembled_without_spills() -> None:
         (arch, name, use, json.dumps(tile and asdict(tile)))
         for arch in (80, 90)
         for name, group in registers.GROUPS.items()
-        for use, what, _, _ in registers.kernels_of(registers.lanes_of(group))
+        for use, what, _, _ in registers.uses_of(registers.lanes_of(group), arch)
         for tile in registers.tiles_of(what, arch)
     }
     assert tried == recorded
+    by_descriptors = [entry for entry in known if "descriptors" in entry["kernel"]]
+    assert len(by_descriptors) > 50 and all(entry["tma"] for entry in by_descriptors)
 
 
 @pytest.mark.slow
@@ -117,7 +120,7 @@ def test_the_queue_goes_on_where_it_was_cut_off(queue: ModuleType, tmp_path: Pat
         queue.Task("last", ("-c", note.format(tmp_path / "last")), 0),
     ]
     start = time.monotonic()
-    queue.run(tasks, tmp_path, 12.0, again=False)  # of which three starts of Python take a part
+    queue.run(tasks, tmp_path, 8.0, again=False)  # of which three starts of Python take a part
     assert time.monotonic() - start < 30
     assert state(tmp_path) == {"first": 0, "wrong": 3, "long": "cut off"}
     tasks[2] = queue.Task("long", ("-c", "pass"), 0)
@@ -147,3 +150,22 @@ def test_the_queue_measures_and_reports(tmp_path: Path) -> None:
     assert text.startswith("2 of 2 tasks are done")
     assert "| flop_deit3_base_patch16_224 | forward |" in text and "Figure: speedup.png" in text
     assert (tmp_path / "figures" / "speedup.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_queue_does_the_study_and_goes_on_with_it(tmp_path: Path) -> None:
+    for part, count in (("train", 30), ("test", 3)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "images" / part / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.effect_noise((32, 32), 40 + i).convert("RGB").save(folder / f"{i}.png")
+    words = [str(BENCHMARKS / "gpu.py"), "--quick", "--cifar10", str(tmp_path / "images"), "--out", str(tmp_path)]
+    for _ in range(2):  # the second time there is nothing left to do
+        run_script([*words, "--only", "study"])
+        text = (tmp_path / "report.md").read_text()
+        assert text.startswith("1 of 1 tasks are done") and "| ViT E | " in text
+    (line,) = (tmp_path / "study" / "results.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["changed_when_mirrored"] == 0 and record["config"]["precision"] == "bfloat16"
+    assert record["config"]["model_kwargs"]["heads"] == "coupled"

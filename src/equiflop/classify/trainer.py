@@ -14,7 +14,7 @@ from equiflop.classify.evaluation import evaluate
 from equiflop.classify.model_spec import ModelSpec, check_model_name, check_takes, input_keywords
 from equiflop.classify.objective import ClassifierObjective
 from equiflop.classify.preparation import classifier_of, set_drop_path, start_from
-from equiflop.data import Augmentation, ImageData, Preprocessing, Split, open_data
+from equiflop.data import Augmentation, ImageData, MemorySplit, Preprocessing, Split, open_data
 from equiflop.data.randomness import derive_seed, epoch_order
 from equiflop.runtime.processes import Processes
 from equiflop.runtime.progress import Progress
@@ -58,7 +58,10 @@ class ClassifierTrainer(Trainer):
         check_model_name(config.model)
         self.data = data if data is not None else self._open(config, processes)
         self.spec = self._describe(config)
-        images = AugmentedImages(self.data.train, config)
+        train = self.data.train
+        if isinstance(train, MemorySplit) and processes.device.type == "cuda":
+            train = train.on(processes.device)  # cut and mirrored there too
+        images = AugmentedImages(train, config)
         torch.manual_seed(derive_seed(config.seed, _INITIALISATION))
         model, problem = _build(self.spec, config)
         check_takes(model, self.spec.name, self.data.preprocessing.input_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -139,6 +140,12 @@ class MemorySplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def on(self, device: torch.device) -> MemorySplit:
+        """The same images in the memory of a device, where they are augmented as well, in the same way."""
+        placed = copy(self)
+        placed.images, placed.labels = self.images.to(device), self.labels.to(device)
+        return placed
+
     def check(self, augmentation: Augmentation) -> None:
         """See :class:`Split`."""
         name = augmentation.needs_files
@@ -160,10 +167,11 @@ class MemorySplit:
         """
         if augmentation is not None:
             self.check(augmentation)
-        mean = torch.tensor(self.preprocessing.mean).view(1, -1, 1, 1)
-        std = torch.tensor(self.preprocessing.std).view(1, -1, 1, 1)
+        device = self.images.device
+        mean = torch.tensor(self.preprocessing.mean, device=device).view(1, -1, 1, 1)
+        std = torch.tensor(self.preprocessing.std, device=device).view(1, -1, 1, 1)
         for chosen in _chunks(samples, batch_size):
-            index = chosen % len(self)
+            index = (chosen % len(self)).to(device)
             images = self.images[index]
             if augmentation is not None:
                 images = shift_and_mirror(images, chosen, augmentation)
@@ -175,7 +183,8 @@ def shift_and_mirror(images: Tensor, samples: Tensor, augmentation: Augmentation
 
     Args:
         images: shape ``(B, C, H, W)``.
-        samples: index of each image in its data set, shape ``(B,)``; with seed and epoch it decides what happens.
+        samples: index of each image in its data set, shape ``(B,)``, on the CPU; with seed and epoch it decides what
+            happens.
         augmentation: how much.
     """
     height, width = images.shape[-2:]
@@ -183,12 +192,13 @@ def shift_and_mirror(images: Tensor, samples: Tensor, augmentation: Augmentation
     draws = [uniform(augmentation.seed, augmentation.epoch, samples.numpy(), stream) for stream in range(3)]
     down, right = (torch.from_numpy(np.floor(draw * (2 * reach + 1)).astype(np.int64)) for draw in draws[:2])
     mirrored = torch.from_numpy(draws[2] < augmentation.mirror)[:, None]
-    rows = torch.arange(height) + down[:, None]
     columns = torch.arange(width)
     columns = torch.where(mirrored, columns.flip(0), columns) + right[:, None]
+    rows = torch.arange(height) + down[:, None]
     padded = torch.nn.functional.pad(images, (reach, reach, reach, reach)) if reach else images
     batch, channels = torch.arange(len(images))[:, None, None, None], torch.arange(images.shape[1])[:, None, None]
-    return padded[batch, channels, rows[:, None, :, None], columns[:, None, None, :]]
+    index = (batch, channels, rows[:, None, :, None], columns[:, None, None, :])
+    return padded[tuple(part.to(images.device) for part in index)]
 
 
 class ImageSplit:

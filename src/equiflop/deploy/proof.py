@@ -22,6 +22,9 @@ DIFFERENCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 #: Largest difference between the answer to a moved image and the moved answer.
 EQUIVARIANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2, "int8": 6e-2}
 
+#: Least length of a turn in which a file's speed is measured.
+SECONDS = 0.2
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -250,7 +253,7 @@ def speed(runner: Runner, images: np.ndarray, batch: int | None) -> Speed:
 
 
 def _speeds(
-    runners: Mapping[str, Runner], images: np.ndarray, batch: int | None, rounds: int = 3, seconds: float = 0.2
+    runners: Mapping[str, Runner], images: np.ndarray, batch: int | None, rounds: int = 3
 ) -> dict[str, tuple[Speed, dict[int, list[float]]]]:
     """Speeds of files in turns, and the seconds of every turn by batch size."""
     sizes = [1, 8] if batch is None else [batch]
@@ -258,7 +261,7 @@ def _speeds(
     for size in sizes:
         some = np.ascontiguousarray(np.resize(images, (size, *images.shape[1:])))
         calls = {name: (lambda runner=runner, some=some: runner(some)) for name, runner in runners.items()}
-        for name, times in time_in_turns(calls, rounds, seconds, torch.device("cpu")).items():
+        for name, times in time_in_turns(calls, rounds, SECONDS, torch.device("cpu")).items():
             seconds_of[name][size] = times
     speeds = {}
     for name, by_size in seconds_of.items():
@@ -272,7 +275,7 @@ def beside_plain(
     own: Runner, plain: Runner, images: np.ndarray, batch: int | None, rounds: int = 7
 ) -> tuple[Speed, Speed, dict[int, Spread]]:
     """Both files in turns: their speeds, and the ratio within a turn by batch size."""
-    speeds = _speeds({"own": own, "plain": plain}, images, batch, rounds, 0.3)
+    speeds = _speeds({"own": own, "plain": plain}, images, batch, rounds)
     (mine, my_times), (theirs, their_times) = speeds["own"], speeds["plain"]
     ratios = {
         size: Spread.of([b / a for a, b in zip(my_times[size], their_times[size], strict=True)]) for size in my_times

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from equiflop.classify.objective import ClassifierObjective
 from equiflop.data import Preprocessing
 from equiflop.distill.config import DistillConfig
+from equiflop.distill.features import Features, features_of, types
 from equiflop.distill.steer import Stream
-from equiflop.distill.teacher import Features, PlainTeacher, features_of
+from equiflop.distill.teacher import PlainTeacher
 from equiflop.groups import Rep
 from equiflop.image_group import ImageGroup
 from equiflop.nn import LayerNorm, Linear
@@ -57,15 +58,16 @@ class Student(nn.Module):
 
     Args:
         student: the network, of timm's classes.
-        width: channels of the teacher's features.
+        widths: channels of the teacher's features, behind the last block and half way.
     """
 
-    def __init__(self, student: Any, width: int) -> None:
+    def __init__(self, student: Any, widths: tuple[int, int]) -> None:
         super().__init__()
         self.student = student
         self.group: ImageGroup = student.group
-        self.read_tokens = Reader(student.rep, width)
-        self.read_middle = Reader(student.rep, width)
+        last, middle = types(student)
+        self.read_tokens = Reader(last, widths[0])
+        self.read_middle = Reader(middle, widths[1])
 
     def steer_readers(self, stream: Stream, teacher: Any) -> None:
         """Let the readers give the teacher's features from the start, for a student that was steered from it.
@@ -85,10 +87,11 @@ class Student(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay: those of the network."""
-        return {f"student.{name}" for name in self.student.no_weight_decay()}
+        named = getattr(self.student, "no_weight_decay", set)  # ConvNeXt and ResMLP name none
+        return {f"student.{name}" for name in named()}
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images ``(B, C, H, W)`` to tokens ``(B, N, |G| C)``, middle ``(B, patches, |G| C)`` and the logits."""
+        """Images ``(B, C, H, W)`` to tokens ``(B, N, |G| C)``, middle ``(B, patches, |G| C')`` and the logits."""
         own = features_of(self.student, images)
         return self.read_tokens(own.tokens), self.read_middle(own.middle), own.logits
 
@@ -153,7 +156,7 @@ class DistillObjective(nn.Module):
             found: what was read out of the student's features, and its logits.
             wanted: the teacher's.
         """
-        prefix = self.teacher.model.num_prefix_tokens
+        prefix = self.teacher.prefix_tokens
         terms = {}
         if prefix:
             terms["class_error"] = F.mse_loss(found.tokens[:, 0], wanted.tokens[:, 0])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equiflop.distill.features import has_maps, widths
 from equiflop.distill.steer.involution import best_involution, share_kept
 from equiflop.distill.steer.observe import Moments, token_places
 from equiflop.distill.teacher import PlainTeacher
@@ -25,9 +26,10 @@ class Layer:
     that mirroring an image does nothing but the involution ``S``, 0 that ``S x`` is no better a guess than the mean.
 
     Attributes:
-        place: "patches" in front of the first block, then "block 0" behind it and so on.
+        place: "patches" in front of the first block, then "block 0" behind it and so on; of a ConvNeXt "stage 0" in
+            front of the first block of a stage and "stage 0 block 0" behind it.
         best: with the best involution of this place.
-        common: with the one involution that is best for all places together.
+        common: with the one involution that is best for all places together, in a ConvNeXt of the stage.
         unchanged: with the identity.
     """
 
@@ -58,10 +60,11 @@ class MirrorReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [f"{'':<10}{'best S':>10}{'common S':>10}{'unchanged':>11}"]
+        side = max(10, *(len(layer.place) + 1 for layer in self.layers))
+        rows = [f"{'':<{side}}{'best S':>10}{'common S':>10}{'unchanged':>11}"]
         for layer in self.layers:
             shares = (100 * share for share in (layer.best, layer.common, layer.unchanged))
-            rows.append("{:<10}{:>8.1f} %{:>8.1f} %{:>9.1f} %".format(layer.place, *shares))
+            rows.append(f"{layer.place:<{side}}" + "{:>8.1f} %{:>8.1f} %{:>9.1f} %".format(*shares))
         title = f"{self.name}, {self.images:,} images and their mirror images: share of the features' variance kept"
         return "\n".join([title, *rows])
 
@@ -82,44 +85,84 @@ def mirror_report(teacher: PlainTeacher, images: Iterable[Tensor], group: ImageG
         raise ValueError(f"group={group.name!r}: the report is for groups of one mirroring, flop or updown")
     model = teacher.model
     weight = next(model.parameters())
-    places = token_places(model, group, weight.device)
-    moments = [Moments.empty(teacher.width, torch.float64, weight.device) for _ in range(len(model.blocks) + 1)]
+    streams = _streams(model)
+    moments = [[Moments.empty(stream.width, torch.float64, weight.device) for _ in stream.places] for stream in streams]
     count = 0
     for batch in images:
-        here, there = (_stream(model, teacher.normalised(view)) for view in (batch, group.act_on_image(1, batch)))
-        for place, x, y in zip(moments, here, there, strict=True):
-            place.add(x, y[:, places])
+        here = _seen(model, streams, teacher.normalised(batch))
+        there = _seen(model, streams, teacher.normalised(group.act_on_image(1, batch)))
+        for stream, xs, ys in zip(moments, here, there, strict=True):
+            for place, x, y in zip(stream, xs, ys, strict=True):
+                place.add(*_put_back(model, group, x, y))
         count += len(batch)
     if not count:
         raise ValueError("images: there are none, so nothing can be said")
-    common = best_involution(moments)
-    identity = torch.eye(teacher.width, dtype=torch.float64, device=weight.device)
-    names = ["patches", *(f"block {i}" for i in range(len(model.blocks)))]
-    layers = [
-        Layer(name, share_kept(place), share_kept(place, common), share_kept(place, identity))
-        for name, place in zip(names, moments, strict=True)
-    ]
+    layers: list[Layer] = []
+    for stream, found in zip(streams, moments, strict=True):
+        common = best_involution(found)
+        identity = torch.eye(stream.width, dtype=torch.float64, device=weight.device)
+        layers += [
+            Layer(name, share_kept(place), share_kept(place, common), share_kept(place, identity))
+            for name, place in zip(stream.places, found, strict=True)
+        ]
     return MirrorReport(teacher.spec.name, group.name, count, tuple(layers))
 
 
-def _stream(model: Any, images: Tensor) -> list[Tensor]:
-    """Features in front of the first block and behind every block."""
-    seen: list[Tensor] = []
+@dataclass(frozen=True)
+class _Stream:
+    """Blocks that add to one stream of features: all of them, or those of a stage.
 
-    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
+    Attributes:
+        width: channels.
+        blocks: in order.
+        name: of the stream.
+    """
 
-    def behind(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        seen.append(output)
+    width: int
+    blocks: list[nn.Module]
+    name: str = ""
 
-    hooks = [model.blocks[0].register_forward_pre_hook(before)]
-    hooks += [block.register_forward_hook(behind) for block in model.blocks]
+    @property
+    def places(self) -> list[str]:
+        """What the features in front of the first block and behind every block are called."""
+        behind = [f"{self.name} block {i}".strip() for i in range(len(self.blocks))]
+        return [self.name or "patches", *behind]
+
+
+def _streams(model: Any) -> list[_Stream]:
+    if not hasattr(model, "stages"):
+        return [_Stream(widths(model)[0], list(model.blocks))]
+    stages = enumerate(zip(model.stages, model.feature_info, strict=True))
+    return [_Stream(int(info["num_chs"]), list(stage.blocks), f"stage {i}") for i, (stage, info) in stages]
+
+
+def _seen(model: Any, streams: list[_Stream], images: Tensor) -> list[list[Tensor]]:
+    """By stream, features in front of the first block and behind every block."""
+    seen: list[list[Tensor]] = [[] for _ in streams]
+    hooks = []
+    for stream, found in zip(streams, seen, strict=True):
+
+        def before(module: nn.Module, inputs: tuple[Tensor, ...], found: list[Tensor] = found) -> None:
+            found.append(inputs[0])
+
+        def behind(module: nn.Module, inputs: Any, output: Tensor, found: list[Tensor] = found) -> None:
+            found.append(output)
+
+        hooks.append(stream.blocks[0].register_forward_pre_hook(before))
+        hooks += [block.register_forward_hook(behind) for block in stream.blocks]
     try:
         model(images)
     finally:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _put_back(model: Any, group: ImageGroup, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of images and of their mirror images as tokens ``(B, N, C)``, every place beside its own."""
+    if has_maps(model):
+        return x.flatten(2).mT, group.act_on_image(1, y).flatten(2).mT
+    return x, y[:, token_places(model, group, y.device)]
 
 
 def draw_report(report: MirrorReport, output: Path) -> None:
@@ -137,7 +180,7 @@ def draw_report(report: MirrorReport, output: Path) -> None:
     axes = figure.subplots()
     for name, label in (
         ("best", "best involution of the layer"),
-        ("common", "one for all layers"),
+        ("common", "one for all layers of a width"),
         ("unchanged", "none"),
     ):
         axes.plot([100 * getattr(layer, name) for layer in report.layers], marker=".", label=label)

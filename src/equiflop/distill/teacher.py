@@ -1,9 +1,8 @@
-"""The teacher: a trained plain vision transformer, seen at every view of an image that a group makes."""
+"""The teacher: a trained plain network, seen at every view of an image that a group makes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import load_state_dict
+from timm.models.convnext import ConvNeXt
+from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from equiflop.classify.model_spec import ModelSpec, check_model_name, create_model, preprocessing_of
@@ -19,36 +20,20 @@ from equiflop.classify.weights import load_model
 from equiflop.data import Preprocessing, Split
 from equiflop.data.randomness import epoch_order
 from equiflop.distill.config import DistillConfig
+from equiflop.distill.features import Features, Maps, maps_of, prefix_tokens, widths
 from equiflop.image_group import ImageGroup
+from equiflop.models import IsotropicConvNeXt
 from equiflop.models.entry_points import TWIN
 from equiflop.models.equivariant_transformer import EquivariantTransformer
 from equiflop.models.twin_networks import TWIN_CLASSES
 
-_CLASSES = tuple(
-    cls for cls in TWIN_CLASSES if cls.__name__ not in ("NaFlexVit", "VisionTransformerSAM")
-)  # those whose features are class token and patches
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a vision transformer makes of images.
-
-    Attributes:
-        tokens: behind the last norm, ``(B, N, C)``, the class token first where there is one.
-        middle: patch tokens behind one of the blocks, ``(B, patches, C)``.
-        logits: ``(B, classes)``, or without a classifier pooled features.
-    """
-
-    tokens: Tensor
-    middle: Tensor
-    logits: Tensor
-
-
-def features_of(model: Any, images: Tensor) -> Features:
-    """Features of a network of timm, or of its twin, behind all blocks and behind half of them."""
-    half = max(len(model.blocks) // 2, 1) - 1
-    tokens, (middle,) = model.forward_intermediates(images, [half], output_fmt="NLC")
-    return Features(tokens, middle, model.forward_head(tokens))
+#: Networks whose features are patches on a grid, with other tokens in front or without.
+_CLASSES = (
+    *(cls for cls in TWIN_CLASSES if cls.__name__ not in ("NaFlexVit", "VisionTransformerSAM")),
+    MlpMixer,
+    ConvNeXt,
+    IsotropicConvNeXt,
+)
 
 
 class PlainTeacher(nn.Module):
@@ -66,7 +51,7 @@ class PlainTeacher(nn.Module):
         names_classes: whether the names of its classes are known, not only their number.
 
     Raises:
-        ValueError: if it is no plain vision transformer of a kind that has a twin, or is equivariant already.
+        ValueError: if it is no plain network of a kind that has a twin, or is equivariant already.
     """
 
     def __init__(self, spec: ModelSpec, model: nn.Module, source: str, names_classes: bool = True) -> None:
@@ -75,9 +60,7 @@ class PlainTeacher(nn.Module):
             raise ValueError(f"{source} is equivariant already; the teacher must be a plain network of timm")
         if type(model) not in _CLASSES:
             names = ", ".join(cls.__name__ for cls in _CLASSES)
-            raise ValueError(
-                f"{source} is a {type(model).__name__}; a teacher must be a vision transformer of timm's class {names}"
-            )
+            raise ValueError(f"{source} is a {type(model).__name__}; a teacher must be of one of the classes {names}")
         self.spec = spec
         self.source = source
         self.names_classes = names_classes
@@ -89,9 +72,14 @@ class PlainTeacher(nn.Module):
         self.shift: Tensor
 
     @property
-    def width(self) -> int:
-        """Channels of its features."""
-        return int(self.model.embed_dim)
+    def widths(self) -> tuple[int, int]:
+        """Channels of its features behind the last block and half way."""
+        return widths(self.model)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many of its tokens are no patches."""
+        return prefix_tokens(self.model)
 
     def take(self, preprocessing: Preprocessing) -> None:
         """Look at images of this preprocessing from now on.
@@ -132,7 +120,7 @@ class PlainTeacher(nn.Module):
             group: the group, which acts on the image.
 
         Returns:
-            tokens ``(B, N, |G| C)`` and middle ``(B, patches, |G| C)``, every token of every view normed to mean 0 and
+            tokens ``(B, N, |G| C)`` and middle ``(B, patches, |G| C')``, every token of every view normed to mean 0 and
             variance 1, in the group's basis; logits averaged over the views, ``(B, classes)``.
         """
         images = self.normalised(images)
@@ -145,12 +133,9 @@ class PlainTeacher(nn.Module):
 
     def _view(self, images: Tensor, group: ImageGroup, a: int) -> Features:
         """``t_a``: features of the moved images, tokens put back."""
-        found = features_of(self.model, group.act_on_image(a, images))
-        height, width = self.model.patch_embed.grid_size
-        places = torch.from_numpy(group.act_on_grid(a, height, width)).to(images.device)
-        prefix = self.model.num_prefix_tokens
-        tokens = torch.cat([found.tokens[:, :prefix], found.tokens[:, prefix:].index_select(1, places)], dim=1)
-        return Features(_normed(tokens), _normed(found.middle.index_select(1, places)), _full(found.logits))
+        moved: Maps = maps_of(self.model, group.act_on_image(a, images))
+        found = moved.moved(group, group.inverse(a)).features()
+        return Features(_normed(found.tokens), _normed(found.middle), _full(found.logits))
 
 
 def numerical_device(device: torch.device) -> torch.device:

@@ -13,9 +13,10 @@ from equiflop.classify.trainer import ClassifierTrainer
 from equiflop.classify.weights import bare_weights
 from equiflop.data import ImageData, Preprocessing
 from equiflop.distill.config import DistillConfig
+from equiflop.distill.features import Features
 from equiflop.distill.objective import DistillObjective, Student
 from equiflop.distill.steer import Steering, check_steerable, check_tokens, steer
-from equiflop.distill.teacher import Features, load_teacher, numerical_device, sample_images
+from equiflop.distill.teacher import load_teacher, numerical_device, sample_images
 from equiflop.models.entry_points import TWIN
 from equiflop.runtime.processes import Processes
 from equiflop.runtime.progress import Progress
@@ -83,7 +84,7 @@ class DistillTrainer(ClassifierTrainer):
 
     def _to_train(self, model: nn.Module, config: Any) -> tuple[nn.Module, Objective]:
         check_tokens(model, self.teacher.model, self.teacher.source)
-        student = Student(model, self.teacher.width)
+        student = Student(model, self.teacher.widths)
         self.steering = self._steer(student, config) if config.init == "steer" else None
         self.objective = DistillObjective(
             config, self.teacher, student.group, self.data.classes, self.data.preprocessing

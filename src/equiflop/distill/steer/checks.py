@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block as PlainBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from equiflop.distill.features import has_maps, prefix_tokens
 from equiflop.image_group import ImageGroup
 
 
@@ -37,17 +38,24 @@ def check_tokens(student: Any, teacher: Any, source: str) -> None:
     Raises:
         ValueError: if patches or tokens in front of them differ.
     """
+    if _tokens(student) != _tokens(teacher):
+        leave = "patch_size and depths" if has_maps(teacher) else "patch_size, img_size, class_token and reg_tokens"
+        raise ValueError(f"the student has {_in_words(student)}, {source} {_in_words(teacher)}; leave {leave} alone")
 
-    def tokens(network: Any) -> tuple[int, ...]:
-        embed = network.patch_embed
-        return (*embed.patch_size, *embed.grid_size, network.num_prefix_tokens)
 
-    if tokens(student) != tokens(teacher):
-        words = "{}x{} pixels in {}x{} patches and {} other tokens"
-        own, wanted = (words.format(*tokens(network)) for network in (student, teacher))
-        raise ValueError(
-            f"the student has {own}, {source} {wanted}; leave patch_size, img_size, class_token and reg_tokens alone"
-        )
+def _tokens(network: Any) -> tuple[int, ...]:
+    """Pixels of a patch and what else decides which tokens there are."""
+    if has_maps(network):
+        return tuple(sorted({int(info["reduction"]) for info in network.feature_info}))
+    embed = network.stem if hasattr(network, "stem") else network.patch_embed
+    return (*embed.patch_size, *embed.grid_size, prefix_tokens(network))
+
+
+def _in_words(network: Any) -> str:
+    tokens = _tokens(network)
+    if has_maps(network):
+        return f"maps of a place per {', '.join(map(str, tokens))} pixels"
+    return "{}x{} pixels in {}x{} patches and {} other tokens".format(*tokens)
 
 
 def _unread_part(teacher: Any) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equiflop.distill.features import grid_of, prefix_tokens
 from equiflop.image_group import ImageGroup
 
 
@@ -104,8 +105,8 @@ def observe(model: Any, images: Iterable[Tensor], group: ImageGroup) -> Observat
 
 def token_places(model: Any, group: ImageGroup, device: torch.device) -> Tensor:
     """Where the tokens of an image lie among those of its mirror image, shape ``(N,)``."""
-    prefix = torch.arange(model.num_prefix_tokens, device=device)
-    places = torch.from_numpy(group.act_on_grid(1, *model.patch_embed.grid_size)).to(device)
+    prefix = torch.arange(prefix_tokens(model), device=device)
+    places = torch.from_numpy(group.act_on_grid(1, *grid_of(model))).to(device)
     return torch.cat([prefix, places + len(prefix)])
 
 

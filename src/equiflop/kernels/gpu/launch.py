@@ -25,6 +25,33 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def descriptors_wanted(capability: int) -> bool:
+    """Whether products load their tiles by tensor descriptors (TMA): on request, until a card has said that it pays."""
+    return os.environ.get("EQUIFLOP_TMA") == "1" and (capability >= 90 or is_interpreted())
+
+
+def aligned(x: Tensor, n_in: int, weights: Sequence[Tensor], transposed: bool) -> bool:
+    """Whether descriptors can be made: every row of a lane and of the weights begins at a multiple of 16 bytes.
+
+    Args:
+        x: rows of lanes.
+        n_in: channels of a lane.
+        weights: of every irrep.
+        transposed: whether they are read the other way round.
+    """
+    steps = [(x, x.stride(0)), (x, n_in), (x, x.storage_offset())]
+    for weight in weights:
+        if weight.stride(1) != 1:
+            return False
+        steps += [(weight, weight.stride(0)), (weight, weight.storage_offset())]
+    return all(step * part.element_size() % 16 == 0 for part, step in steps)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory in which a kernel writes its descriptors."""
+    return torch.empty(size, device="cuda", dtype=torch.int8)
+
+
 def wrapped(function: Any) -> Any:
     """A kernel as compilers see it; the interpreter's are called as they are, since torch 2.12 does not wrap them."""
     return function if is_interpreted() else wrap_triton(function)
@@ -60,6 +87,10 @@ def run_tuned(
         constants = {k: v for k, v in sizes.INTERPRETED.constants(3).items() if k in function.arg_names}
         function[grid](**arguments, **constants)
         return
+    if getattr(what, "descriptors", False):
+        import triton
+
+        triton.set_allocator(_scratch)
     tuned = _tuned(what, tuple(tiles), sizes.multiprocessors(device), ("N_IN", "N_OUT", "SCALE_OF_M"))
     wrap_triton(tuned)[grid](**arguments)
 

@@ -9,7 +9,17 @@ from torch import Tensor
 from torch.library import triton_op
 
 from equiflop.kernels.gpu import tiles as sizes
-from equiflop.kernels.gpu.launch import SUM_WARPS, as_rows, ceil_div, is_interpreted, power_of_two, run_tuned, wrapped
+from equiflop.kernels.gpu.launch import (
+    SUM_WARPS,
+    aligned,
+    as_rows,
+    ceil_div,
+    descriptors_wanted,
+    is_interpreted,
+    power_of_two,
+    run_tuned,
+    wrapped,
+)
 from equiflop.kernels.gpu.products import Product, WeightGradient
 from equiflop.kernels.gpu.source import kernel
 from equiflop.kernels.gpu.sums import WeightSums
@@ -73,6 +83,8 @@ def schur_product(
     n_in = dim_in // (sections_in * order)
     n_out = weights[0].shape[1 if transposed else 0] // sections_out  # the trivial irrep has one lane
     dim_out = sections_out * order * n_out
+    device = sizes.capability(x.device)
+    descriptors = reads != "heads" and descriptors_wanted(device) and aligned(x, n_in, weights, transposed)
     what: Any = Product(
         known,
         reads,  # type: ignore[arg-type]
@@ -88,6 +100,8 @@ def schur_product(
         residual is not None,
         path is not None,
         interpreted=is_interpreted(),
+        descriptors=descriptors,
+        transposed=descriptors and transposed,
     )
     out = x.new_empty((count, dim_out), dtype=dtype)
     outputs = [out]
@@ -116,7 +130,7 @@ def schur_product(
         return (meta["PROGRAMS"] or tiles,)
 
     if count:
-        run_tuned(what, sizes.candidates(what, sizes.capability(x.device)), grid, arguments, x.device)
+        run_tuned(what, sizes.candidates(what, device), grid, arguments, x.device)
     return outputs
 
 

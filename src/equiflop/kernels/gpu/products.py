@@ -56,6 +56,9 @@ class Product:
         residual: whether something is added.
         path: whether what is added to the residual has a factor per sample (stochastic depth).
         interpreted: whether the interpreter runs it: its products of bfloat16 are wrong, so operands are cast up.
+        descriptors: whether tiles are loaded by tensor descriptors, as Hopper's copying unit (TMA) does it, not by
+            pointers; for ``reads`` other than ``"heads"``. Rows have to begin at multiples of 16 bytes.
+        transposed: with descriptors, whether weights lie as ``(in, out)``.
     """
 
     lanes: Lanes
@@ -72,6 +75,8 @@ class Product:
     residual: bool = False
     path: bool = False
     interpreted: bool = False
+    descriptors: bool = False
+    transposed: bool = False
 
     def source(self) -> str:
         """See :class:`equiflop.kernels.gpu.source.Kernel`."""
@@ -132,15 +137,19 @@ def _product(what: Product) -> str:
     emit("rows_of_tiles = tl.cdiv(M, BM)")
     emit("per_section = tl.cdiv(N_OUT, BN)")
     emit(f"columns_of_tiles = per_section * {what.sections_out}")
+    if what.descriptors:
+        _describe(lines, what)
     emit("for tile in range(tl.program_id(0), rows_of_tiles * columns_of_tiles, tl.num_programs(0)):")
     lines.depth = 2
     emit("first = tile // (BAND * columns_of_tiles) * BAND")
     emit("band = tl.minimum(rows_of_tiles - first, BAND)")
     emit("place = tile % (BAND * columns_of_tiles)")
-    emit("m = (first + place % band) * BM + tl.arange(0, BM)")
+    emit("first_m = (first + place % band) * BM")
+    emit("m = first_m + tl.arange(0, BM)")
     emit("column = place // band")
     emit("section = column // per_section")
-    emit("n = column % per_section * BN + tl.arange(0, BN)")
+    emit("first_n = column % per_section * BN")
+    emit("n = first_n + tl.arange(0, BN)")
     emit("inside_m = (m < M)[:, None]")
     emit("inside_n = (n < N_OUT)[None, :]")
     emit("row = m.to(tl.int64)[:, None]")
@@ -151,21 +160,20 @@ def _product(what: Product) -> str:
         emit(f"for {name} in {values}:")
         lines.depth += 1
     part = "part" if what.sections_in > 1 else "0"
-    emit("k = start + tl.arange(0, BK)")
-    emit("inside_k = k < N_IN")
-    at = _offsets(lanes, what.reads, "k", "N_IN", what.heads, part)
-    operands = _operands(lines, lanes, what.reads, "x", at, "inside_m & inside_k[None, :]")
+    if what.descriptors:
+        loads = [f"x_tiles.load([first_m, {part} * {lanes.count} + {lane}, start])" for lane in range(lanes.count)]
+        loads = [f"tl.reshape({load}, (BM, BK))" for load in loads]
+    else:
+        emit("k = start + tl.arange(0, BK)")
+        emit("inside_k = k < N_IN")
+        loads = _loads("x", _offsets(lanes, what.reads, "k", "N_IN", what.heads, part), "inside_m & inside_k[None, :]")
+    operands = _operands(lines, lanes, what.reads, "x", loads)
     operands = [_wide(name, what.interpreted) for name in operands]
     for i, (dim, width) in enumerate(lanes.spans):
         lead = lanes.before(i)
         for j_out in range(width):
             for j_in in range(width):
-                down = f"(section * ({width} * N_OUT) + {j_out} * N_OUT + n)[None, :]"
-                along = f"({part} * ({width} * N_IN) + {j_in} * N_IN + k)[:, None]"
-                emit(
-                    f"w = tl.load(w{i} + {down} * w{i}_out + {along} * w{i}_in, mask=inside_n & inside_k[:, None], "
-                    "other=0.0)"
-                )
+                emit(f"w = {_weights(what, i, width, j_out, j_in, part)}")
                 for r in range(dim):
                     acc, operand = lead + r * width + j_out, operands[lead + r * width + j_in]
                     emit(f"acc{acc} = tl.dot({operand}, {_wide('w', what.interpreted)}, acc{acc})")
@@ -185,12 +193,38 @@ def _product(what: Product) -> str:
                 parts[lane] += [f"{name}_0", f"{name}_1"]
     for piece in range(PIECES):
         length = f"BN // {PIECES}"
-        emit(f"n = column % per_section * BN + {piece} * ({length}) + tl.arange(0, {length})")
+        emit(f"n = first_n + {piece} * ({length}) + tl.arange(0, {length})")
         _finish(lines, what, [names[piece] for names in parts])
     arguments = [*pointers, *numbers]
     constants = ["N_IN", "N_OUT", "BM", "BN", "BK", "BAND", "PROGRAMS"]
     name = f"product_{what.reads}_to_{what.writes}" + (f"_{what.activation}" if what.activation else "")
     return function(name + ("_backward" if what.slopes else ""), arguments, constants, lines)
+
+
+def _describe(lines: Lines, what: Product) -> None:
+    """Descriptors: of the input as rows of lanes, so that what lies behind the end of a lane is 0, and of weights."""
+    lanes = what.lanes
+    assert what.reads != "heads", "a lane's channels must lie side by side"
+    shape = f"[M, {what.sections_in * lanes.count}, N_IN]"
+    lines(f"x_tiles = tl.make_tensor_descriptor(x, shape={shape}, strides=[x_row, N_IN, 1], block_shape=[BM, 1, BK])")
+    for i, (_, width) in enumerate(lanes.spans):
+        sides = [(f"{what.sections_out * width} * N_OUT", "BN"), (f"{what.sections_in * width} * N_IN", "BK")]
+        (rows, down), (columns, along) = reversed(sides) if what.transposed else sides
+        shape, block = f"[{rows}, {columns}]", f"[{down}, {along}]"
+        step = f"w{i}_{'in' if what.transposed else 'out'}"
+        lines(f"w{i}_tiles = tl.make_tensor_descriptor(w{i}, shape={shape}, strides=[{step}, 1], block_shape={block})")
+
+
+def _weights(what: Product, i: int, width: int, j_out: int, j_in: int, part: str) -> str:
+    """A tile of the weights of the irrep ``i``, ``(BK, BN)``; behind the end of a lane anything but NaN may stand."""
+    down, along = f"section * ({width} * N_OUT) + {j_out} * N_OUT", f"{part} * ({width} * N_IN) + {j_in} * N_IN"
+    if not what.descriptors:
+        place = f"w{i} + ({down} + n)[None, :] * w{i}_out + ({along} + k)[:, None] * w{i}_in"
+        return f"tl.load({place}, mask=inside_n & inside_k[:, None], other=0.0)"
+    first_n, first_k = f"{down} + first_n", f"{along} + start"
+    if what.transposed:
+        return f"w{i}_tiles.load([{first_k}, {first_n}])"
+    return f"tl.trans(w{i}_tiles.load([{first_n}, {first_k}]))"
 
 
 def _finish(lines: Lines, what: Product, results: list[str]) -> None:
@@ -263,9 +297,9 @@ def _weight_gradient(what: WeightGradient) -> str:
     emit("row = m.to(tl.int64)[:, None]")
     section = "section" if what.sections > 1 else "0"
     offsets = _offsets(lanes, what.writes, "n", "N_OUT", what.heads, section)
-    ys = _operands(lines, lanes, what.writes, "dy", offsets, "inside_m & inside_n[None, :]")
+    ys = _operands(lines, lanes, what.writes, "dy", _loads("dy", offsets, "inside_m & inside_n[None, :]"))
     offsets = _offsets(lanes, what.reads, "k", "N_IN", what.heads, "0")
-    xs = _operands(lines, lanes, what.reads, "x", offsets, "inside_m & inside_k[None, :]")
+    xs = _operands(lines, lanes, what.reads, "x", _loads("x", offsets, "inside_m & inside_k[None, :]"))
     for i, a, b in blocks:
         dim, width = lanes.spans[i]
         lead = lanes.before(i)
@@ -309,12 +343,15 @@ def _offsets(lanes: Lanes, axis: Axis, index: str, copies: str, heads: int, sect
     return found
 
 
-def _operands(lines: Lines, lanes: Lanes, axis: Axis, pointer: str, at: Sequence[str], mask: str) -> list[str]:
-    """The rows of all irreps, read from an axis in any order."""
-    names = []
-    for offset in at:
-        place = f"{pointer} + row * {pointer}_row + ({offset})[None, :]"
-        names.append(lines.new(f"tl.load({place}, mask={mask}, other=0.0)"))
+def _loads(pointer: str, at: Sequence[str], mask: str) -> list[str]:
+    """Lane after lane of rows, by pointers."""
+    places = [f"{pointer} + row * {pointer}_row + ({offset})[None, :]" for offset in at]
+    return [f"tl.load({place}, mask={mask}, other=0.0)" for place in places]
+
+
+def _operands(lines: Lines, lanes: Lanes, axis: Axis, pointer: str, loads: Sequence[str]) -> list[str]:
+    """The rows of all irreps, from what loads lane after lane of an axis."""
+    names = [lines.new(load) for load in loads]
     if axis != "group":
         return names
     wide = [lines.new(f"{name}.to(tl.float32)") for name in names]
