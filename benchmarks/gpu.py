@@ -69,18 +69,24 @@ def tasks(quick: bool, images: str | None = None) -> Iterator[Task]:
         yield Task("train-with-graphs", (*train, *few, *graphs), 120)
     names = [f"{group}_deit3_{size}_patch{patch}_224" for size, patch in VITS.items() for group in ("flop", "octic")]
     device = ("--device", "cpu") if quick else ("--device", "cuda")
-    for step in ("forward", "train"):
+    batches = (("forward", "128"), ("train", "64"))
+
+    def blocks(step: str, batch: str, name: str) -> tuple[str, ...]:
+        words = (str(HERE / "gpu_blocks.py"), name, "--step", step, "--batch", batch, *of_blocks, *device)
+        return (*words, "--output", "OUTPUT")
+
+    for step, batch in batches:
         for name in names[2:4] if quick else [*names[2:], *names[:2]]:  # what is asked for most comes first
-            batch = "128" if step == "forward" else "64"
-            words = (str(HERE / "gpu_blocks.py"), name, "--step", step, "--batch", batch, *of_blocks, *device)
-            yield Task(f"blocks-{step}-{name}", (*words, "--output", "OUTPUT"), 90)
-            if "huge" not in name and "small" not in name:
-                yield Task(f"descriptors-{step}-{name}", (*words, "--descriptors", "--output", "OUTPUT"), 90)
+            yield Task(f"blocks-{step}-{name}", blocks(step, batch, name), 90)
     for name in names[2:3] if quick else [*names[2:], *names[:2], *OTHERS]:
-        for step, batch in (("forward", "128"), ("train", "64")):
+        for step, batch in batches:
             words = ("-m", "equiflop", "bench", name, "--step", step, "--batch-size", "1" if quick else batch)
             words += ("--mode", "reduce-overhead", "--mode", "max-autotune", "--dtype", "bfloat16", *of_bench)
             yield Task(f"bench-{step}-{name}", (*words, *device, "--memory", "--output", "OUTPUT"), 240)
+    for step, batch in () if quick else batches:
+        for name in names[2:6]:
+            yield Task(f"descriptors-{step}-{name}", (*blocks(step, batch, name), "--descriptors"), 90)
+    study: tuple[str, ...]
     study = (str(HERE.parent / "studies/cifar10.py"), "run", "--scale", "full", "--jobs", "1", "--out", "FOLDER")
     study += ("--data", images) if images else ()
     if images or not quick:

@@ -108,6 +108,7 @@ def all_runs() -> list[Run]:
     for family in MODELS:
         kinds = ("scratch", "random", "steer") if family == "vit" else ("scratch", "random")
         found |= {Run(family, kind, "3/4", epochs): None for epochs in (4, 1) for kind in kinds}
+    found |= dict.fromkeys(_variations())
     for kind in ("random", "steer", "scratch"):
         for family in MODELS:
             if family == "vit" or kind != "steer":
@@ -124,6 +125,17 @@ def _repeated() -> Iterator[Run]:
                     yield Run("vit", kind, epochs=epochs, seed=seed)
         for kind in ("random", "scratch"):
             yield Run("convnext", kind, epochs=4, seed=seed)
+
+
+def _variations() -> Iterator[Run]:
+    """Other settings at 20 % of the budget, one seed each."""
+    slower: dict[str, Any] = {"lr": 5e-4}
+    yield Run("vit", "steer", epochs=4, changes=slower, note="lr-5e-4")
+    yield Run("vit", "random", epochs=4, changes=slower, note="lr-5e-4")
+    labels: dict[str, Any] = {"label_weight": 1.0}
+    for family in MODELS:
+        yield Run(family, "random", epochs=4, changes=labels, note="labels")
+    yield Run("vit", "steer", epochs=4, changes=labels, note="labels")
 
 
 def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
@@ -145,8 +157,8 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
     elif run.kind == "scratch":
         config = TrainConfig(model=f"twin:{model}", model_kwargs={**keywords, "group": "flop"}, **common)
     else:
-        source = {"teacher": str(run.teacher), "init": run.kind, "model_kwargs": WIDTHS[run.family, run.width]}
-        config = DistillConfig(model=model, **source, **common)
+        common |= {"teacher": str(run.teacher), "init": run.kind, "model_kwargs": WIDTHS[run.family, run.width]}
+        config = DistillConfig(model=model, **common)
     trainer = DistillTrainer(config, data) if isinstance(config, DistillConfig) else ClassifierTrainer(config, data)
     before = trainer.measurement.of(trainer.learner.networks) if run.kind == "steer" else {}
     trainer.resume()

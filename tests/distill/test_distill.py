@@ -352,7 +352,7 @@ class TestRefusals:
         self.refused(run(*arguments, "--init", "steer"), "reads timm's VisionTransformer", "ConvNeXt", "--init random")
 
     def test_of_other_maps(self, convnext: str) -> None:
-        arguments = ["--teacher", convnext, "--data", "fashion-mnist-part", "--set", "patch_size=8"]
+        arguments = ["--teacher", convnext, "--data", "fashion-mnist-part", "--set", "patch_size=1"]
         self.refused(run(*arguments), "a place per", "leave patch_size")
 
     def test_of_a_run_of_another_name(self, teacher: str) -> None:

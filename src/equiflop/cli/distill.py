@@ -56,11 +56,11 @@ def command(
 ) -> None:
     """Train the equivariant twin of NAME, a plain network that is already trained.
 
-    The teacher is the vision transformer NAME with timm's weights, with those of --teacher-checkpoint FILE, or the
-    plain network of a run, --teacher RUN. Its twin learns to give the teacher's features and answers, averaged over
-    the views of an image: itself and its mirror image for the group flop. Labels are not needed; images without any
-    lie in one folder, as photos/train/all/* and photos/test/all/*. Other options are those of "equiflop train", and
-    the same command again goes on where it stopped.
+    The teacher is NAME, a vision transformer, ResMLP or ConvNeXt, with timm's weights, with those of
+    --teacher-checkpoint FILE, or the plain network of a run, --teacher RUN. Its twin learns to give the teacher's
+    features and answers, averaged over the views of an image: itself and its mirror image for the group flop. Labels
+    are not needed; images without any lie in one folder, as photos/train/all/* and photos/test/all/*. Other options
+    are those of "equiflop train", and the same command again goes on where it stopped.
 
     \b
     Examples: equiflop distill deit3_small_patch16_224.fb_in22k_ft_in1k --data photos --epochs 50 --amp

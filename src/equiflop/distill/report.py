@@ -91,8 +91,8 @@ def mirror_report(teacher: PlainTeacher, images: Iterable[Tensor], group: ImageG
     for batch in images:
         here = _seen(model, streams, teacher.normalised(batch))
         there = _seen(model, streams, teacher.normalised(group.act_on_image(1, batch)))
-        for stream, xs, ys in zip(moments, here, there, strict=True):
-            for place, x, y in zip(stream, xs, ys, strict=True):
+        for of_stream, xs, ys in zip(moments, here, there, strict=True):
+            for place, x, y in zip(of_stream, xs, ys, strict=True):
                 place.add(*_put_back(model, group, x, y))
         count += len(batch)
     if not count:
