@@ -351,6 +351,7 @@ class TestRefusals:
         arguments = ["--teacher", convnext, "--data", "fashion-mnist-part"]
         self.refused(run(*arguments, "--init", "steer"), "reads timm's VisionTransformer", "ConvNeXt", "--init random")
 
+    @pytest.mark.filterwarnings("ignore::equiflop.EquiflopWarning")  # that a pixel alone has no flipping part
     def test_of_other_maps(self, convnext: str) -> None:
         arguments = ["--teacher", convnext, "--data", "fashion-mnist-part", "--set", "patch_size=1"]
         self.refused(run(*arguments), "a place per", "leave patch_size")
