@@ -73,7 +73,7 @@ def uses_of(lanes: Lanes, arch: int) -> Iterator[tuple[str, Any, int, int]]:
     """Those of an architecture: on Hopper, products are there with tiles by descriptors too."""
     for use, what, n_in, n_out in kernels_of(lanes):
         yield use, what, n_in, n_out
-        if arch >= 90 and isinstance(what, Product) and what.reads != "heads":
+        if arch >= 90 and isinstance(what, Product) and tiles.may_have_descriptors(what):
             form = replace(what, descriptors=True, transposed="backward" in use)
             yield f"{use}, descriptors", form, n_in, n_out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,7 +85,6 @@ def schur_product(
     n_out = weights[0].shape[1 if transposed else 0] // sections_out  # the trivial irrep has one lane
     dim_out = sections_out * order * n_out
     device = sizes.capability(x.device)
-    descriptors = reads != "heads" and descriptors_wanted(device) and aligned(x, n_in, weights, transposed)
     what: Any = Product(
         known,
         reads,  # type: ignore[arg-type]
@@ -100,9 +100,9 @@ def schur_product(
         residual is not None,
         path is not None,
         interpreted=is_interpreted(),
-        descriptors=descriptors,
-        transposed=descriptors and transposed,
     )
+    if descriptors_wanted(device) and sizes.may_have_descriptors(what) and aligned(x, n_in, weights, transposed):
+        what = replace(what, descriptors=True, transposed=transposed)
     out = x.new_empty((count, dim_out), dtype=dtype)
     outputs = [out]
     arguments: dict[str, Any] = {"x": x, "out": out, "M": count, "SCALE_OF_M": count // 8192, "TOKENS": 1}

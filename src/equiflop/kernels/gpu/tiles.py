@@ -107,6 +107,11 @@ def candidates(what: Product | WeightGradient, capability: int) -> list[Tile]:
     return found or [Tile(32, max(16, 128 // order), 16, 8, 2)]
 
 
+def may_have_descriptors(what: Product) -> bool:
+    """Whether tiles can be loaded by descriptors: not in the order of heads; of four lanes, values kept would spill."""
+    return what.reads != "heads" and not (what.keeps and what.lanes.count == 4)
+
+
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
     """How many a device has; 132, those of an H100, where there is no device to ask."""
