@@ -24,10 +24,11 @@ from equiflop.files import write_text
 from equiflop.groups import FiniteGroup, Rep, cyclic, dihedral, direct_product
 from equiflop.kernels.gpu import launch, norm_ops, product_ops, tiles
 from equiflop.kernels.gpu.norms import Norm, NormBackward
-from equiflop.kernels.gpu.products import Product, WeightGradient
+from equiflop.kernels.gpu.products import Product
 from equiflop.kernels.gpu.source import kernel
 from equiflop.kernels.gpu.sums import RowSums, WeightSums
 from equiflop.kernels.gpu.tiles import Tile
+from equiflop.kernels.gpu.weight_gradients import WeightGradient
 from equiflop.kernels.lanes import Lanes, decode
 from equiflop.kernels.layout import layout_of
 

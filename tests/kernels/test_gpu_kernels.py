@@ -19,7 +19,8 @@ from equiflop.kernels import Layout, layout_of, orders, schur
 from equiflop.kernels import norm as norms
 from equiflop.kernels.gpu import branch, functions, product_ops
 from equiflop.kernels.gpu.functions import Map
-from equiflop.kernels.gpu.products import ACTIVATIONS, Axis
+from equiflop.kernels.gpu.operands import Axis
+from equiflop.kernels.gpu.products import ACTIVATIONS
 from equiflop.kernels.lanes import Lanes, decode
 from equiflop.kernels.layout import per_channel
 from equiflop.kernels.orders import Order

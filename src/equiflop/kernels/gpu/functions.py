@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from equiflop.kernels.gpu.norm_ops import schur_norm, schur_norm_backward
+from equiflop.kernels.gpu.operands import Axis
 from equiflop.kernels.gpu.product_ops import schur_product, schur_weight_gradient
-from equiflop.kernels.gpu.products import Axis
 
 
 class Map(NamedTuple):

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from equiflop.kernels.gpu import tiles as sizes
-from equiflop.kernels.gpu.products import Product, WeightGradient
+from equiflop.kernels.gpu.products import Product
 from equiflop.kernels.gpu.source import kernel
 from equiflop.kernels.gpu.tiles import Tile
+from equiflop.kernels.gpu.weight_gradients import WeightGradient
 
 #: Warps of what finishes gradients.
 SUM_WARPS = 4

@@ -21,9 +21,10 @@ from equiflop.kernels.gpu.launch import (
     run_tuned,
     wrapped,
 )
-from equiflop.kernels.gpu.products import Product, WeightGradient
+from equiflop.kernels.gpu.products import Product
 from equiflop.kernels.gpu.source import kernel
 from equiflop.kernels.gpu.sums import WeightSums
+from equiflop.kernels.gpu.weight_gradients import WeightGradient
 from equiflop.kernels.lanes import decode
 
 #: Rows of weights per program that finishes their gradients, and columns at a time.

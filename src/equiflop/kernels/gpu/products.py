@@ -1,4 +1,4 @@
-"""The sources of products and of their weights' gradients.
+"""The sources of products.
 
 A product by Schur's lemma reads and writes ``|G|`` lanes of equal length (``Layout``). A program keeps one accumulator
 per lane, walks the length of a lane, and has all irreps of its tile in registers at the end. The change of basis is
@@ -8,15 +8,11 @@ trip to memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from equiflop.kernels.gpu.operands import Axis, as_wide, loads_of, offsets_of, operands_of
 from equiflop.kernels.gpu.source import Lines, function, transformed
 from equiflop.kernels.lanes import Lanes
-
-#: The order of an axis: by irreps, the group's own basis, or heads that share every irrep.
-Axis = Literal["irreps", "group", "heads"]
 
 #: What comes behind a product is done for so many parts of its tile, one after the other: that takes fewer registers.
 PIECES = 4
@@ -83,38 +79,6 @@ class Product:
         return _product(self)
 
 
-@dataclass(frozen=True)
-class WeightGradient:
-    """The gradients of a product's weights, in kernels that read rows of irreps on both sides.
-
-    Attributes:
-        lanes: of both sides.
-        reads: order of the product's input.
-        writes: order of the gradient of its output.
-        sections: parts of the output.
-        heads: as in :class:`Product`.
-        bias: whether the gradient's trivial irrep is summed over rows too.
-        interpreted: as in :class:`Product`.
-    """
-
-    lanes: Lanes
-    reads: Axis
-    writes: Axis
-    sections: int = 1
-    heads: int = 1
-    bias: bool = False
-    interpreted: bool = False
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of ``N_OUT x N_IN`` numbers that a part of the sums has, before those of the bias."""
-        return self.lanes.weights * self.sections
-
-    def source(self) -> str:
-        """See :class:`equiflop.kernels.gpu.source.Kernel`."""
-        return _weight_gradient(self)
-
-
 def _product(what: Product) -> str:
     """The source of a product.
 
@@ -166,9 +130,10 @@ def _product(what: Product) -> str:
     else:
         emit("k = start + tl.arange(0, BK)")
         emit("inside_k = k < N_IN")
-        loads = _loads("x", _offsets(lanes, what.reads, "k", "N_IN", what.heads, part), "inside_m & inside_k[None, :]")
-    operands = _operands(lines, lanes, what.reads, "x", loads)
-    operands = [_wide(name, what.interpreted) for name in operands]
+        at = offsets_of(lanes, what.reads, "k", "N_IN", what.heads, part)
+        loads = loads_of("x", at, "inside_m & inside_k[None, :]")
+    operands = operands_of(lines, lanes, what.reads, "x", loads)
+    operands = [as_wide(name, what.interpreted) for name in operands]
     for i, (dim, width) in enumerate(lanes.spans):
         lead = lanes.before(i)
         for j_out in range(width):
@@ -176,7 +141,7 @@ def _product(what: Product) -> str:
                 emit(f"w = {_weights(what, i, width, j_out, j_in, part)}")
                 for r in range(dim):
                     acc, operand = lead + r * width + j_out, operands[lead + r * width + j_in]
-                    emit(f"acc{acc} = tl.dot({operand}, {_wide('w', what.interpreted)}, acc{acc})")
+                    emit(f"acc{acc} = tl.dot({operand}, {as_wide('w', what.interpreted)}, acc{acc})")
     lines.depth = 2
     if what.bias:
         emit("added = tl.load(bias + section * N_OUT + n, mask=n < N_OUT, other=0.0).to(tl.float32)")
@@ -231,7 +196,7 @@ def _finish(lines: Lines, what: Product, results: list[str]) -> None:
     """What comes behind a product, for channels ``n`` of every lane: all in registers, then written once."""
     lanes, emit = what.lanes, lines
     emit("inside = inside_m & (n < N_OUT)[None, :]")
-    places = _offsets(lanes, what.writes, "n", "N_OUT", what.heads, "section" if what.sections_out > 1 else "0")
+    places = offsets_of(lanes, what.writes, "n", "N_OUT", what.heads, "section" if what.sections_out > 1 else "0")
     places = [lines.new(f"row * out_row + ({place})[None, :]") for place in places]
     if what.writes == "group" or what.activation:
         results = transformed(results, lanes.plan, lines, to_group=True)
@@ -264,100 +229,3 @@ def _finish(lines: Lines, what: Product, results: list[str]) -> None:
         if what.residual:
             name = lines.new(f"tl.load(residual + {place}, mask=inside, other=0.0).to(tl.float32) + {name}")
         emit(f"tl.store(out + {place}, {name}.to(out.dtype.element_ty), mask=inside)")
-
-
-def _weight_gradient(what: WeightGradient) -> str:
-    """The source of the gradients of all weights.
-
-    ``dy`` and ``x`` are rows of lanes; ``out`` holds, for every part of the rows, the irreps' weights one behind the
-    other, then the bias's, in float32.
-    """
-    lanes = what.lanes
-    lines = emit = Lines()
-    emit("per_section = tl.cdiv(N_OUT, BN)")
-    emit("across = tl.cdiv(N_IN, BK)")
-    emit(f"tiles = per_section * {what.sections} * across")
-    emit("tile = tl.program_id(0) % tiles")
-    emit("part = tl.program_id(0) // tiles")
-    emit("column = tile // across")
-    emit("section = column // per_section")
-    emit("n = column % per_section * BN + tl.arange(0, BN)")
-    emit("k = tile % across * BK + tl.arange(0, BK)")
-    emit("inside_n = n < N_OUT")
-    emit("inside_k = k < N_IN")
-    blocks = [(i, a, b) for i, (_, width) in enumerate(lanes.spans) for a in range(width) for b in range(width)]
-    for i, a, b in blocks:
-        emit(f"acc{i}_{a}_{b} = tl.zeros((BN, BK), dtype=tl.float32)")
-    if what.bias:
-        emit("total = tl.zeros((BN,), dtype=tl.float32)")
-    emit("for start in range(part * LENGTH, tl.minimum((part + 1) * LENGTH, M), BM):")
-    lines.depth = 2
-    emit("m = start + tl.arange(0, BM)")
-    emit("inside_m = (m < tl.minimum((part + 1) * LENGTH, M))[:, None]")
-    emit("row = m.to(tl.int64)[:, None]")
-    section = "section" if what.sections > 1 else "0"
-    offsets = _offsets(lanes, what.writes, "n", "N_OUT", what.heads, section)
-    ys = _operands(lines, lanes, what.writes, "dy", _loads("dy", offsets, "inside_m & inside_n[None, :]"))
-    offsets = _offsets(lanes, what.reads, "k", "N_IN", what.heads, "0")
-    xs = _operands(lines, lanes, what.reads, "x", _loads("x", offsets, "inside_m & inside_k[None, :]"))
-    for i, a, b in blocks:
-        dim, width = lanes.spans[i]
-        lead = lanes.before(i)
-        for r in range(dim):
-            first = _wide(f"tl.trans({ys[lead + r * width + a]})", what.interpreted)
-            second = _wide(xs[lead + r * width + b], what.interpreted)
-            emit(f"acc{i}_{a}_{b} = tl.dot({first}, {second}, acc{i}_{a}_{b})")
-    if what.bias:
-        emit(f"total += tl.sum({ys[0]}.to(tl.float32), 0)")
-    lines.depth = 1
-    of_bias = f" + {what.sections} * N_OUT" if what.bias else ""
-    emit(f"base = out + part.to(tl.int64) * ({what.blocks} * N_OUT * N_IN{of_bias})")
-    emit("inside = inside_n[:, None] & inside_k[None, :]")
-    before = 0
-    for i, a, b in blocks:
-        width = lanes.spans[i][1]
-        down = f"({section} * ({width} * N_OUT) + {a} * N_OUT + n)[:, None]"
-        at = f"{before} * N_OUT * N_IN + {down} * ({width} * N_IN) + ({b} * N_IN + k)[None, :]"
-        emit(f"tl.store(base + {at}, acc{i}_{a}_{b}, mask=inside)")
-        if a == b == width - 1:
-            before += width * width * what.sections
-    if what.bias:
-        emit(f"at = {what.blocks} * N_OUT * N_IN + {section} * N_OUT + n")
-        emit("tl.store(base + at, total, mask=inside_n & (tile % across == 0))")
-    arguments = ["dy", "x", "out", "M", "SCALE_OF_M", "LENGTH", "dy_row", "x_row"]
-    return function("weight_gradient", arguments, ["N_IN", "N_OUT", "BM", "BN", "BK"], lines)
-
-
-def _offsets(lanes: Lanes, axis: Axis, index: str, copies: str, heads: int, section: str) -> list[str]:
-    """Where lane after lane lies on an axis, for the channels ``index`` of a lane of ``copies`` channels."""
-    before = f"{section} * ({lanes.count} * {copies}) + " if section != "0" else ""
-    if axis != "heads":
-        return [f"{before}{place} * {copies} + {index}" for place in range(lanes.count)]
-    found = []
-    for i, row, j in lanes.places():
-        lead = lanes.before(i)
-        width = f"({lanes.spans[i][1]} * {copies} // {heads})"
-        within = f"({j} * {copies} + {index})"
-        head = f"{within} // {width} * ({lanes.count} * {copies} // {heads})"
-        found.append(f"{before}{head} + {lead} * {copies} // {heads} + {row} * {width} + {within} % {width}")
-    return found
-
-
-def _loads(pointer: str, at: Sequence[str], mask: str) -> list[str]:
-    """Lane after lane of rows, by pointers."""
-    places = [f"{pointer} + row * {pointer}_row + ({offset})[None, :]" for offset in at]
-    return [f"tl.load({place}, mask={mask}, other=0.0)" for place in places]
-
-
-def _operands(lines: Lines, lanes: Lanes, axis: Axis, pointer: str, loads: Sequence[str]) -> list[str]:
-    """The rows of all irreps, from what loads lane after lane of an axis."""
-    names = [lines.new(load) for load in loads]
-    if axis != "group":
-        return names
-    wide = [lines.new(f"{name}.to(tl.float32)") for name in names]
-    sums = transformed(wide, lanes.plan, lines, to_group=False)
-    return [lines.new(f"{name}.to({pointer}.dtype.element_ty)") for name in sums]
-
-
-def _wide(name: str, interpreted: bool) -> str:
-    return f"{name}.to(tl.float32)" if interpreted else name

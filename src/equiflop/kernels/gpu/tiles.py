@@ -12,7 +12,8 @@ from functools import lru_cache
 
 import torch
 
-from equiflop.kernels.gpu.products import Product, WeightGradient
+from equiflop.kernels.gpu.products import Product
+from equiflop.kernels.gpu.weight_gradients import WeightGradient
 from equiflop.kernels.lanes import Lanes
 
 #: Numbers of float32 that a thread's accumulators may take; 255 registers are all it has.

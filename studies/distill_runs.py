@@ -1,0 +1,120 @@
+"""What the study of distillation trains: teachers, and students with several starts, budgets and widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent / "distill"
+TEACHERS = HERE / "teachers"
+EPOCHS = 20  # the teachers' budget
+RECIPE: dict[str, Any] = {
+    "batch_size": 128,
+    "lr": 1.5e-3,
+    "weight_decay": 0.05,
+    "shift": 2,
+    "save_minutes": 1.0,
+    "keep_checkpoints": 1,
+    "compile": True,
+    "device": "cpu",
+}
+NAMES = {"vit": "ViT", "convnext": "ConvNeXt"}
+MODELS: dict[str, str] = {"vit": "deit3_small_patch16_224", "convnext": "convnext_tiny"}
+KEYWORDS: dict[str, dict[str, Any]] = {
+    "vit": {"patch_size": 8, "depth": 4, "num_heads": 4, "init_values": 1.0, "embed_dim": 128},
+    "convnext": {"depths": [2, 2, 2, 2], "ls_init_value": 1.0, "dims": [32, 64, 128, 256]},
+}
+WIDTHS: dict[tuple[str, str], dict[str, Any]] = {
+    ("vit", "1"): {"embed_dim": 128},
+    ("vit", "3/4"): {"embed_dim": 96},
+    ("convnext", "1"): {"dims": [32, 64, 128, 256]},
+    ("convnext", "3/4"): {"dims": [24, 48, 96, 192]},
+}
+STARTS = {"scratch": "no teacher", "random": "random", "steer": "steer"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A teacher, or a student of it.
+
+    Attributes:
+        family: "vit" or "convnext".
+        kind: "teacher", "scratch" (the twin trained on labels), "random" or "steer" (distilled, from these weights).
+        width: of the student in terms of the teacher's, "1" or "3/4".
+        epochs: how long it is trained.
+        seed: decides everything random.
+        changes: settings other than those of the recipe; the name says which.
+        note: what the name says of them.
+    """
+
+    family: str
+    kind: str
+    width: str = "1"
+    epochs: int = EPOCHS
+    seed: int = 0
+    changes: dict[str, Any] = field(default_factory=dict, compare=False)
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and of its line in the results."""
+        if self.kind == "teacher":
+            return f"{self.family}-teacher"
+        width = self.width.replace("/", "-of-")
+        note = f"-{self.note}" if self.note else ""
+        return f"{self.family}-width-{width}-{self.kind}{note}-epochs-{self.epochs}-seed{self.seed}"
+
+    @property
+    def teacher(self) -> Path:
+        """Where its teacher's weights are."""
+        return TEACHERS / f"{self.family}.safetensors"
+
+
+def all_runs() -> list[Run]:
+    """In order of what says most: the hypothesis with one seed, the short runs, the other seeds, widths, long runs."""
+    found: dict[Run, None] = {Run(family, "teacher"): None for family in MODELS}
+    for family in MODELS:
+        kinds = ("scratch", "random", "steer") if family == "vit" else ("scratch", "random")
+        found |= {Run(family, kind, epochs=epochs): None for epochs in (4, 1) for kind in kinds}
+        if family == "vit":
+            found[Run(family, "steer", epochs=2)] = None
+    found |= dict.fromkeys(_repeated())
+    for family in MODELS:
+        kinds = ("scratch", "random", "steer") if family == "vit" else ("scratch", "random")
+        found |= {Run(family, kind, "3/4", epochs): None for epochs in (4, 1) for kind in kinds}
+    found |= dict.fromkeys(_variations())
+    for kind in ("random", "steer", "scratch"):
+        for family in MODELS:
+            if family == "vit" or kind != "steer":
+                found |= {Run(family, kind): None, Run(family, kind, "3/4"): None}
+    return list(found)
+
+
+def _repeated() -> Iterator[Run]:
+    """The main rows with two more seeds."""
+    for seed in (1, 2):
+        for epochs in (4, 1, 2):
+            for kind in ("steer", "random", "scratch"):
+                if epochs != 2 or kind == "steer":
+                    yield Run("vit", kind, epochs=epochs, seed=seed)
+        for kind in ("random", "scratch"):
+            yield Run("convnext", kind, epochs=4, seed=seed)
+
+
+def _variations() -> Iterator[Run]:
+    """Other settings at 20 % of the budget, one seed each."""
+    slower: dict[str, Any] = {"lr": 5e-4}
+    yield Run("vit", "steer", epochs=4, changes=slower, note="lr-5e-4")
+    yield Run("vit", "random", epochs=4, changes=slower, note="lr-5e-4")
+    labels: dict[str, Any] = {"label_weight": 1.0}
+    for family in MODELS:
+        yield Run(family, "random", epochs=4, changes=labels, note="labels")
+    yield Run("vit", "steer", epochs=4, changes=labels, note="labels")
+
+
+def is_of(record: dict[str, Any], run: Run) -> bool:
+    """Whether a line of the results is of this run, with today's recipe."""
+    wanted = {**RECIPE, "epochs": run.epochs, "seed": run.seed, **run.changes}
+    return record["run"] == run.name and all(record["config"][name] == value for name, value in wanted.items())
