@@ -130,6 +130,17 @@ class TestLearning:
         config = config_for(str(tmp_path / "teacher.safetensors"), tmp_path / "out", model=kind, epochs=1)
         assert DistillTrainer(config, toy_data()).run()[-1].train_loss > 0
 
+    @pytest.mark.slow
+    def test_compiled_teacher_and_student_make_the_same_losses(self, teacher: str, tmp_path: Path) -> None:
+        trainers = [
+            DistillTrainer(config_for(teacher, tmp_path / str(compiled), epochs=1, compile=compiled), toy_data())
+            for compiled in (False, True)
+        ]
+        eager, compiled = (trainer.run()[-1] for trainer in trainers)
+        assert compiled.train_loss == pytest.approx(eager.train_loss, rel=1e-4)
+        assert compiled.metrics["test_error"] == pytest.approx(eager.metrics["test_error"], rel=1e-3)
+        assert trainers[1].teacher.look._compiled_call_impl is not None
+
 
 class TestSteered:
     def test_starts_nearer_to_the_teacher(self, teacher: str, tmp_path: Path) -> None:

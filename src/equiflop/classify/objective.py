@@ -51,6 +51,11 @@ class ClassifierObjective(nn.Module):
         self.soft_loss: nn.Module = BinaryCrossEntropy(smoothing=0.0) if config.loss == "bce" else nn.CrossEntropyLoss()
         self.teacher = Teacher(config.teacher, classes, preprocessing) if config.teacher else None
 
+    @property
+    def asked(self) -> list[nn.Module]:
+        """The teacher's network, if there is one."""
+        return [] if self.teacher is None else [self.teacher.model]
+
     def forward(
         self, network: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:

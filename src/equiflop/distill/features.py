@@ -29,6 +29,10 @@ class Features:
     middle: Tensor
     logits: Tensor
 
+    def first(self, count: int) -> Features:
+        """Those of the first images."""
+        return Features(self.tokens[:count], self.middle[:count], self.logits[:count])
+
 
 @dataclass(frozen=True)
 class Maps:

@@ -127,6 +127,11 @@ class DistillObjective(nn.Module):
         self.teacher = teacher
         self.labels = ClassifierObjective(replace(config, teacher=""), classes, preprocessing)
 
+    @property
+    def asked(self) -> list[nn.Module]:
+        """What looks at a view for the teacher."""
+        return [self.teacher.look]
+
     def forward(
         self, network: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], batch: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -36,6 +36,23 @@ _CLASSES = (
 )
 
 
+class Look(nn.Module):
+    """What a network makes of images, as tensors, which compilers return.
+
+    Args:
+        model: a network of timm.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The parts of :class:`Maps`."""
+        maps = maps_of(self.model, images)
+        return maps.prefix, maps.last, maps.middle, maps.logits
+
+
 class PlainTeacher(nn.Module):
     """A trained plain network whose features and answers at all views of an image are put side by side.
 
@@ -64,12 +81,17 @@ class PlainTeacher(nn.Module):
         self.spec = spec
         self.source = source
         self.names_classes = names_classes
-        self.model: Any = model.eval().requires_grad_(False)
+        self.look = Look(model.eval().requires_grad_(False))
         scale, shift = renormalising(spec.preprocessing, spec.preprocessing)
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.scale: Tensor
         self.shift: Tensor
+
+    @property
+    def model(self) -> Any:
+        """The network."""
+        return self.look.model
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -133,8 +155,8 @@ class PlainTeacher(nn.Module):
 
     def _view(self, images: Tensor, group: ImageGroup, a: int) -> Features:
         """``t_a``: features of the moved images, tokens put back."""
-        moved: Maps = maps_of(self.model, group.act_on_image(a, images))
-        found = moved.moved(group, group.inverse(a)).features()
+        maps = Maps(*self.look(group.act_on_image(a, images)))
+        found = maps.moved(group, group.inverse(a)).features()
         return Features(_normed(found.tokens), _normed(found.middle), _full(found.logits))
 
 

@@ -132,7 +132,11 @@ class DistillTrainer(ClassifierTrainer):
 
     def _sums(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Over a batch: of the error, of agreement, of right answers, of images."""
+        count, size = len(images), self.plan.batch_size
+        if count < size:  # filled up, so that compiled networks meet one shape only
+            images = images[torch.arange(size, device=images.device) % count]
         found, wanted = Features(*model(images)), self.teacher.views(images, self.objective.group)
+        found, wanted, images = found.first(count), wanted.first(count), images[:count]
         terms = self.objective.terms(found, wanted)
         weights = self.objective.weights(terms)
         error = sum(weights[name] * float(term) for name, term in terms.items())

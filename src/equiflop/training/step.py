@@ -31,7 +31,8 @@ _MIXING = 0x313  # what seeds numpy and Python in a step, apart from what seeds 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: Gives the loss of a batch, a scalar, and with it metrics if there are any: by name one value per sample, shape
-#: ``(B,)``, or their mean. It is given the network, as a function, and the batch on the device.
+#: ``(B,)``, or their mean. It is given the network, as a function, and the batch on the device. Networks that it asks,
+#: such as a teacher, may stand in its attribute ``asked``, a list: they are compiled where the network is.
 Objective = Callable[[Callable[..., Any], Any], "Tensor | tuple[Tensor, Mapping[str, Tensor | float]]"]
 
 
@@ -98,7 +99,10 @@ class Learner:
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def compile(self, progress: Progress) -> None:
-        """Compile the network, if that was asked for, is not done yet and works here; it happens in the first step."""
+        """Compile the network and what the objective asks, if that was wanted, is not done yet and works here.
+
+        It happens in the first step.
+        """
         if not self._to_compile:
             return
         self._to_compile = False
@@ -110,6 +114,8 @@ class Learner:
         self.compiling = True
         for part in (units(self.model) if self.config.fsdp else []) or [self.model]:
             part.compile(dynamic=False, mode=self.config.compile_mode)
+        for network in getattr(self.objective, "asked", ()):  # several times in a step, so without CUDA graphs
+            network.compile(dynamic=False)
 
     def gradients(self, batches: list[Loaded], epoch: int, step: int) -> Sums:
         """Gradients of the mean loss of one or more batches; every sample of all processes weighs the same.
