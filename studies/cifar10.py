@@ -181,7 +181,7 @@ def main() -> None:
     parser = options_of(__doc__, "runs/study-cifar10")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", choices=SCALES, default="short", help="for two cores, or for a GPU")
-    parser.add_argument("--epochs", type=int, help="other than those of the scale, to see that it runs")
+    parser.add_argument("--epochs", type=int, help="other than the scale's, not compiled: to see that it runs")
     options = parser.parse_args()
     if options.what == "report":
         report()
@@ -190,7 +190,7 @@ def main() -> None:
     runs = {run.name: run for run in scale.runs(options.seeds)}
     recipe, more = scale.recipe, ["--seeds", str(options.seeds), "--scale", options.scale]
     if options.epochs:
-        recipe = {**recipe, "epochs": options.epochs, "warmup_epochs": 0.1 * options.epochs}
+        recipe = {**recipe, "epochs": options.epochs, "warmup_epochs": 0.1 * options.epochs, "compile": False}
         more += ["--epochs", str(options.epochs)]
     if options.what == "one":
         data = load_images(options.data, options.out)
