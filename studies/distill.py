@@ -41,7 +41,6 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         "epochs": run.epochs,
         "warmup_epochs": 0.1 * run.epochs,
         **RECIPE,
-        **run.changes,
     }
     keywords = {**KEYWORDS[run.family], **WIDTHS[run.family, run.width]}
     model = MODELS[run.family]
@@ -49,10 +48,13 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
     if run.kind == "teacher":
         config = TrainConfig(model=model, model_kwargs=keywords, **common)
     elif run.kind == "scratch":
-        config = TrainConfig(model=f"twin:{model}", model_kwargs={**keywords, "group": "flop"}, **common)
+        keywords |= {"group": "flop", **run.changes.get("model_kwargs", {})}
+        config = TrainConfig(model=f"twin:{model}", model_kwargs=keywords, **common)
     else:
-        common |= {"teacher": str(run.teacher), "init": run.kind, "model_kwargs": WIDTHS[run.family, run.width]}
-        config = DistillConfig(model=model, **common)
+        heads = {"heads": "regular"} if run.family == "vit" else {}
+        common |= {"teacher": str(run.teacher), "init": run.kind}
+        common |= {"model_kwargs": {**WIDTHS[run.family, run.width], **heads}}
+        config = DistillConfig(model=model, **{**common, **run.changes})
     trainer = DistillTrainer(config, data) if isinstance(config, DistillConfig) else ClassifierTrainer(config, data)
     before = trainer.measurement.of(trainer.learner.networks) if run.kind == "steer" else {}
     trainer.resume()

@@ -80,7 +80,7 @@ def all_runs() -> list[Run]:
         found |= {Run(family, kind, epochs=epochs): None for epochs in (4, 1) for kind in kinds}
         if family == "vit":
             found[Run(family, "steer", epochs=2)] = None
-    found |= dict.fromkeys(_repeated(1))
+    found |= dict.fromkeys([*_coupled(), *_repeated(1)])
     for family in MODELS:
         kinds = ("scratch", "random", "steer") if family == "vit" else ("scratch", "random")
         found |= {Run(family, kind, "3/4", epochs): None for epochs in (4, 1) for kind in kinds}
@@ -90,6 +90,24 @@ def all_runs() -> list[Run]:
             if family == "vit" or kind != "steer":
                 found |= {Run(family, kind): None, Run(family, kind, "3/4"): None}
     return list(found)
+
+
+def _coupled() -> Iterator[Run]:
+    """Students whose heads are mirrored by themselves, not exchanged for one another."""
+    for kind, width, epochs, seed in (
+        ("steer", "1", 1, 0),
+        ("steer", "1", 4, 0),
+        ("random", "1", 4, 0),
+        ("steer", "1", 1, 1),
+        ("steer", "1", 1, 2),
+        ("steer", "3/4", 4, 0),
+        ("steer", "1", 4, 1),
+        ("random", "1", 1, 0),
+        ("steer", "1", 4, 2),
+        ("scratch", "1", 4, 0),
+    ):
+        changes: dict[str, Any] = {"model_kwargs": {**WIDTHS["vit", width], "heads": "coupled"}}
+        yield Run("vit", kind, width, epochs, seed, changes, "coupled-heads")
 
 
 def _repeated(seed: int) -> Iterator[Run]:
@@ -115,5 +133,10 @@ def _variations() -> Iterator[Run]:
 
 def is_of(record: dict[str, Any], run: Run) -> bool:
     """Whether a line of the results is of this run, with today's recipe."""
+    if record["run"] != run.name:
+        return False
+    config = record["config"]
     wanted = {**RECIPE, "epochs": run.epochs, "seed": run.seed, **run.changes}
-    return record["run"] == run.name and all(record["config"][name] == value for name, value in wanted.items())
+    keywords = wanted.pop("model_kwargs", {})
+    same = all(config["model_kwargs"].get(name) == value for name, value in keywords.items())
+    return same and all(config[name] == value for name, value in wanted.items())

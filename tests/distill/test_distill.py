@@ -153,6 +153,24 @@ class TestSteered:
         assert trainer.steering is not None and "steered" in str(trainer.steering)
         assert errors[1] < 0.7 * errors[0] and agreements[1] >= agreements[0]
 
+    @pytest.mark.parametrize(
+        ("keywords", "heads"),
+        [
+            ({}, "coupled"),
+            ({"heads": "regular"}, "regular"),
+            ({"embed_dim": 20, "num_heads": 4}, "regular"),  # 10 channels of a kind for 4 heads
+            ({"group": "updown"}, "coupled"),
+        ],
+    )
+    def test_heads_are_coupled_where_sizes_allow_it(
+        self, teacher: str, tmp_path: Path, keywords: dict[str, Any], heads: str
+    ) -> None:
+        config = config_for(teacher, tmp_path, init="steer", init_images=10, model_kwargs=keywords)
+        trainer = DistillTrainer(config, toy_data())
+        student: Any = trainer.model.get_submodule("student")
+        assert student.blocks[0].attn.heads == heads
+        assert trainer.spec.kwargs.get("heads", "regular") == heads
+
     def test_readers_give_the_features_of_a_teacher_that_mirrors(self, tmp_path: Path) -> None:
         settings = {**SMALL, "img_size": 28, "in_chans": 1, "num_classes": 10, "embed_dim": 32}
         own = {**settings, "heads": "regular"}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from equiflop.classify.model_spec import ModelSpec
@@ -17,6 +18,7 @@ from equiflop.distill.features import Features
 from equiflop.distill.objective import DistillObjective, Student
 from equiflop.distill.steer import Steering, check_steerable, check_tokens, steer
 from equiflop.distill.teacher import load_teacher, numerical_device, sample_images
+from equiflop.grids import as_image_group
 from equiflop.models.entry_points import TWIN
 from equiflop.runtime.processes import Processes
 from equiflop.runtime.progress import Progress
@@ -80,7 +82,18 @@ class DistillTrainer(ClassifierTrainer):
             keywords["drop_path_rate"] = config.drop_path
         keywords = {**keywords, **config.model_kwargs}
         keywords.setdefault("group", "flop")
+        if config.init == "steer" and "heads" not in keywords and self._heads_can_be_coupled(keywords):
+            keywords["heads"] = "coupled"
         return ModelSpec(TWIN + teacher.name.split(".")[0], keywords, classes, data.preprocessing)
+
+    def _heads_can_be_coupled(self, keywords: dict[str, Any]) -> bool:
+        """Whether every head has a share of the invariant and of the flipping channels, in what steering can read."""
+        if type(self.teacher.model) is not VisionTransformer or as_image_group(keywords["group"]).order != 2:
+            return False
+        width = keywords.get("embed_dim", self.teacher.model.embed_dim)
+        shares = keywords.get("multiplicities") or (width // 2, width - width // 2)
+        heads = keywords.get("num_heads", self.teacher.model.blocks[0].attn.num_heads)
+        return all(share % heads == 0 for share in shares)
 
     def _to_train(self, model: nn.Module, config: Any) -> tuple[nn.Module, Objective]:
         check_tokens(model, self.teacher.model, self.teacher.source)
