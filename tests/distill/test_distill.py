@@ -411,6 +411,10 @@ class TestRefusals:
         arguments = ["--teacher", teacher, "--data", "fashion-mnist-part", "--set", "patch_size=4"]
         self.refused(run(*arguments), "4x4 pixels in 7x7 patches", "7x7 pixels in 4x4 patches", "leave patch_size")
 
+    def test_of_no_heads(self, teacher: str) -> None:
+        arguments = ["--teacher", teacher, "--data", "fashion-mnist-part", "--init", "steer", "--set", "num_heads=0"]
+        self.refused(run(*arguments), "cannot be made with", "'num_heads': 0")
+
     def test_of_a_group_that_does_not_exist(self, teacher: str) -> None:
         self.refused(run("--teacher", teacher, "--data", "fashion-mnist-part", "--group", "d8"), "d8", "octic")
 

@@ -51,7 +51,7 @@ def create_model(name: str, kwargs: Mapping[str, Any], pretrained: bool = False)
         return twin(name.removeprefix(TWIN), **wanted, **kwargs)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except AssertionError as error:
+    except (AssertionError, ArithmeticError) as error:
         raise ValueError(f"model {name!r} cannot be made with {dict(kwargs)}: {error}") from error
     except TypeError as error:
         problem = keyword_problem(name, kwargs, error)

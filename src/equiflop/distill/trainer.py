@@ -91,9 +91,10 @@ class DistillTrainer(ClassifierTrainer):
         if type(self.teacher.model) is not VisionTransformer or as_image_group(keywords["group"]).order != 2:
             return False
         width = keywords.get("embed_dim", self.teacher.model.embed_dim)
-        shares = keywords.get("multiplicities") or (width // 2, width - width // 2)
         heads = keywords.get("num_heads", self.teacher.model.blocks[0].attn.num_heads)
-        return all(share % heads == 0 for share in shares)
+        if not (isinstance(width, int) and isinstance(heads, int) and heads > 0):
+            return False  # what is wrong with them is said where the student is made
+        return all(share % heads == 0 for share in keywords.get("multiplicities") or (width // 2, width - width // 2))
 
     def _to_train(self, model: nn.Module, config: Any) -> tuple[nn.Module, Objective]:
         check_tokens(model, self.teacher.model, self.teacher.source)

@@ -35,7 +35,7 @@ def plain_network(name: str, keywords: dict[str, Any]) -> nn.Module:
 
         problem = keyword_problem(TWIN + name, keywords, error, known)
         raise ValueError(problem or f"{name} cannot be made with {keywords}: {error}") from error
-    except AssertionError as error:
+    except (AssertionError, ArithmeticError) as error:
         raise ValueError(f"{name} cannot be made with {keywords}: {error}") from error
     except RuntimeError as error:  # timm's answer to an unknown tag
         raise ValueError(f"model={name!r} cannot be made by timm: {error}") from error

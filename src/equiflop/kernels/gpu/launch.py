@@ -31,14 +31,13 @@ def descriptors_wanted(capability: int) -> bool:
     return os.environ.get("EQUIFLOP_TMA") == "1" and (capability >= 90 or is_interpreted())
 
 
-def aligned(x: Tensor, n_in: int, weights: Sequence[Tensor], transposed: bool) -> bool:
+def aligned(x: Tensor, n_in: int, weights: Sequence[Tensor]) -> bool:
     """Whether descriptors can be made: every row of a lane and of the weights begins at a multiple of 16 bytes.
 
     Args:
         x: rows of lanes.
         n_in: channels of a lane.
         weights: of every irrep.
-        transposed: whether they are read the other way round.
     """
     steps = [(x, x.stride(0)), (x, n_in), (x, x.storage_offset())]
     for weight in weights:

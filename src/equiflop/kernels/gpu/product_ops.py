@@ -102,7 +102,7 @@ def schur_product(
         path is not None,
         interpreted=is_interpreted(),
     )
-    if descriptors_wanted(device) and sizes.may_have_descriptors(what) and aligned(x, n_in, weights, transposed):
+    if descriptors_wanted(device) and sizes.may_have_descriptors(what) and aligned(x, n_in, weights):
         what = replace(what, descriptors=True, transposed=transposed)
     out = x.new_empty((count, dim_out), dtype=dtype)
     outputs = [out]
