@@ -8,7 +8,13 @@ from typing import Any
 from distill_runs import EPOCHS, HERE, NAMES, STARTS, Run, all_runs, is_of
 from job_queue import put_table, spread
 
-COLOURS = {"scratch": "tab:gray", "random": "tab:blue", "steer": "tab:red"}
+#: What is drawn: kind and note of a run.
+COLOURS = {
+    ("scratch", ""): "tab:gray",
+    ("random", ""): "tab:blue",
+    ("steer", ""): "tab:orange",
+    ("steer", "coupled-heads"): "tab:red",
+}
 
 
 def report(records: list[dict[str, Any]]) -> None:
@@ -92,10 +98,14 @@ def _draw(groups: dict[Run, list[dict[str, Any]]], teachers: dict[str, dict[str,
     for axes, family in zip(figure.subplots(1, len(teachers), squeeze=False)[0], teachers, strict=True):
         goal = 100 * teachers[family]["accuracy_both_views"]
         axes.axhline(goal, color="black", linestyle=":", label="teacher, both views")
-        for kind, colour in COLOURS.items():
+        for (kind, note), colour in COLOURS.items():
             for width, style in (("1", "-"), ("3/4", "--")):
                 runs = sorted(
-                    (run for run in groups if (run.family, run.kind, run.width, run.note) == (family, kind, width, "")),
+                    (
+                        run
+                        for run in groups
+                        if (run.family, run.kind, run.width, run.note) == (family, kind, width, note)
+                    ),
                     key=lambda run: run.epochs,
                 )
                 if not runs:
@@ -103,7 +113,7 @@ def _draw(groups: dict[Run, list[dict[str, Any]]], teachers: dict[str, dict[str,
                 budget = [100 * run.epochs / EPOCHS for run in runs]
                 values = [[100 * record["accuracy"] for record in groups[run]] for run in runs]
                 means = [sum(each) / len(each) for each in values]
-                label = f"{STARTS[kind]}, width {width}"
+                label = f"{STARTS[kind]}{', ' * bool(note)}{note}, width {width}"
                 axes.plot(budget, means, style, color=colour, marker="o" if width == "1" else "^", label=label)
         axes.set(xscale="log", xlabel="budget in % of the teacher's", title=NAMES[family])
         axes.set_xticks([5, 10, 20, 100], ["5", "10", "20", "100"])
