@@ -48,7 +48,9 @@ def few_blocks(name: str) -> dict[str, Any]:
     return {"depth": 2 if "hybrid" in name or "inv" in name else 1, "img_size": 56 if "patch14" in name else 64}
 
 
-@pytest.mark.parametrize(("name", "to"), zip(equiflop.equivariant_models(), cycle(["onnx", "openvino"]), strict=False))
+@pytest.mark.parametrize(
+    ("name", "to"), list(zip(equiflop.equivariant_models(), cycle(["onnx", "openvino"]), strict=False))
+)
 def test_few_blocks(name: str, to: str, tmp_path: Path) -> None:
     """Every other name to either; every family goes to both in ``test_export.py``."""
     settings = few_blocks(name)
