@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -118,7 +117,7 @@ def run(queue: list[Task], folder: Path, budget: float, again: bool) -> None:
             try:
                 rc = process.wait(left)
             except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
-                process.send_signal(signal.SIGINT)
+                process.terminate()  # what a shell has put into the background does not heed Ctrl-C
                 try:
                     process.wait(20)
                 except subprocess.TimeoutExpired:
