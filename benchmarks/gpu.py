@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_prediction import CARDS, predictions
 
 from equiflop.benchmark.compare import Entry
 from equiflop.benchmark.figures import write_figures
@@ -206,8 +207,6 @@ def _key(name: str, step: str) -> tuple[str, str, str]:
 
 def _predictions() -> dict[tuple[str, str, str], str]:
     """What is predicted for the card that is here, if anything is."""
-    from gpu_prediction import CARDS, predictions
-
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     card = next((name for name in CARDS if name in here), None)
     return {
