@@ -11,7 +11,6 @@ Every finished run is one line of cifar10/results.jsonl; a run that was stopped 
 from __future__ import annotations
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import equiflop
-from cifar10_images import load_images
+from cifar10_images import load_images, measure
 from cifar10_networks import Run, full_runs, initialise, replace_activation, short_runs
-from equiflop.classify import ClassifierTrainer, MirrorAveraged, TrainConfig, evaluate
+from equiflop.classify import ClassifierTrainer, TrainConfig
 from equiflop.data import ImageData
 from equiflop.files import write_text
 from equiflop.runtime.machine import describe_machine
@@ -32,7 +31,6 @@ RESULTS = Results(HERE / "results.jsonl")
 MARKERS = {"plain": "s", "E": "o", "E-wide": "^"}
 COLOURS = {"vit": "tab:blue", "resmlp": "tab:orange", "convnext": "tab:green"}
 NAMES = {"vit": "ViT", "resmlp": "ResMLP", "convnext": "ConvNeXt"}
-TEST_BATCH = 250  # that of the trainer, so that nothing is compiled again
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,6 @@ def execute(run: Run, recipe: dict[str, Any], data: ImageData, folder: Path) -> 
     initialise(trainer.model, run.initialisation, run.seed)
     trainer.resume()
     trainer.run()
-    start = time.perf_counter()
-    alone = evaluate(trainer.model, data.test, TEST_BATCH, trainer.device, classes=len(data.classes))
-    seconds = time.perf_counter() - start
-    averaged = evaluate(MirrorAveraged(trainer.model), data.test, TEST_BATCH, trainer.device)
     return {
         "run": run.name,
         "family": run.family,
@@ -84,13 +78,9 @@ def execute(run: Run, recipe: dict[str, Any], data: ImageData, folder: Path) -> 
         "seed": run.seed,
         "macs": equiflop.macs(trainer.model, (3, 32, 32)),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "accuracy": alone.top1,
-        "accuracy_both_views": averaged.top1,
-        "calibration_error": alone.calibration_error,
-        "changed_when_mirrored": alone.changed_share,
+        **measure(trainer.model, data, trainer.device),
         "train_loss": trainer.history[-1].train_loss,
         "train_seconds": sum(record.seconds for record in trainer.history),
-        "test_seconds_both_views": seconds,
         "epochs": [record.to_dict() for record in trainer.history],
         "config": config.to_dict() | {"out": run.name},
         "machine": describe_machine(trainer.device) | {"command": "python studies/cifar10.py run"},

@@ -1,16 +1,20 @@
-"""CIFAR-10 in memory, from JPEG files or from torchvision."""
+"""CIFAR-10 in memory, from JPEG files or from torchvision, and what is measured on it."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from equiflop.classify import MirrorAveraged, evaluate
 from equiflop.data import ImageData, MemorySplit, Preprocessing
 from equiflop.data.decode import decode_image, read_image
 from equiflop.files import write_atomically
 
+TEST_BATCH = 250  # that of the trainer, so that nothing is compiled again
 NORMALISATION = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
@@ -52,3 +56,16 @@ def _read(source: str | None) -> dict[str, Any]:
         images = images.view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()
         content |= {part: (images, torch.tensor([label for _, label in pictures])), "classes": classes}
     return content
+
+
+def measure(model: nn.Module, data: ImageData, device: torch.device) -> dict[str, Any]:
+    """Test accuracy, alone and averaged over both views, calibration error and changes, and how long it took."""
+    start = time.perf_counter()
+    alone = evaluate(model, data.test, TEST_BATCH, device, classes=len(data.classes))
+    return {
+        "test_seconds_both_views": time.perf_counter() - start,
+        "accuracy": alone.top1,
+        "accuracy_both_views": evaluate(MirrorAveraged(model), data.test, TEST_BATCH, device).top1,
+        "calibration_error": alone.calibration_error,
+        "changed_when_mirrored": alone.changed_share,
+    }

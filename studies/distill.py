@@ -10,17 +10,16 @@ teachers' weights are kept in distill/teachers, so that students can be trained 
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import equiflop
-from cifar10_images import load_images
+from cifar10_images import TEST_BATCH, load_images, measure
 from distill_report import report
 from distill_runs import HERE, KEYWORDS, MODELS, RECIPE, STARTS, TEACHERS, WIDTHS, Run, all_runs, is_of
-from equiflop.classify import ClassifierTrainer, MirrorAveraged, TrainConfig, evaluate, load_model
+from equiflop.classify import ClassifierTrainer, MirrorAveraged, TrainConfig, load_model
 from equiflop.classify.weights import save_weights
 from equiflop.data import ImageData
 from equiflop.distill import DistillConfig, DistillTrainer, PlainTeacher, mirror_report
@@ -29,7 +28,6 @@ from equiflop.runtime.machine import describe_machine
 from job_queue import Results, options_of, run_all, run_one
 
 RESULTS = Results(HERE / "results.jsonl")
-TEST_BATCH = 250  # that of the trainer, so that nothing is compiled again
 
 
 def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
@@ -88,16 +86,7 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
 
 def _measured(run: Run, model: Any, data: ImageData) -> dict[str, Any]:
     """Test accuracy, alone and averaged over the views; a student's agreement, a teacher's symmetry by layer."""
-    device = torch.device("cpu")
-    start = time.perf_counter()
-    alone = evaluate(model, data.test, TEST_BATCH, device, classes=len(data.classes))
-    found: dict[str, Any] = {
-        "test_seconds_both_views": time.perf_counter() - start,
-        "accuracy": alone.top1,
-        "accuracy_both_views": evaluate(MirrorAveraged(model), data.test, TEST_BATCH, device).top1,
-        "calibration_error": alone.calibration_error,
-        "changed_when_mirrored": alone.changed_share,
-    }
+    found = measure(model, data, torch.device("cpu"))
     trained = load_model(run.teacher)
     teacher = PlainTeacher(trained.spec, trained.model, "the teacher")
     teacher.take(data.preprocessing)

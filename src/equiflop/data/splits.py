@@ -192,9 +192,9 @@ def shift_and_mirror(images: Tensor, samples: Tensor, augmentation: Augmentation
     draws = [uniform(augmentation.seed, augmentation.epoch, samples.numpy(), stream) for stream in range(3)]
     down, right = (torch.from_numpy(np.floor(draw * (2 * reach + 1)).astype(np.int64)) for draw in draws[:2])
     mirrored = torch.from_numpy(draws[2] < augmentation.mirror)[:, None]
+    rows = torch.arange(height) + down[:, None]
     columns = torch.arange(width)
     columns = torch.where(mirrored, columns.flip(0), columns) + right[:, None]
-    rows = torch.arange(height) + down[:, None]
     padded = torch.nn.functional.pad(images, (reach, reach, reach, reach)) if reach else images
     batch, channels = torch.arange(len(images))[:, None, None, None], torch.arange(images.shape[1])[:, None, None]
     index = (batch, channels, rows[:, None, :, None], columns[:, None, None, :])

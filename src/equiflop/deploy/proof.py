@@ -22,7 +22,7 @@ DIFFERENCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 #: Largest difference between the answer to a moved image and the moved answer.
 EQUIVARIANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2, "int8": 6e-2}
 
-#: Least length of a turn in which a file's speed is measured.
+#: Least length of a turn in which a file's speed is measured; half as long again beside the plain one.
 SECONDS = 0.2
 
 
@@ -249,11 +249,11 @@ def prove(
 
 def speed(runner: Runner, images: np.ndarray, batch: int | None) -> Speed:
     """How fast a file runs."""
-    return _speeds({"own": runner}, images, batch)["own"][0]
+    return _speeds({"own": runner}, images, batch, 3, SECONDS)["own"][0]
 
 
 def _speeds(
-    runners: Mapping[str, Runner], images: np.ndarray, batch: int | None, rounds: int = 3
+    runners: Mapping[str, Runner], images: np.ndarray, batch: int | None, rounds: int, seconds: float
 ) -> dict[str, tuple[Speed, dict[int, list[float]]]]:
     """Speeds of files in turns, and the seconds of every turn by batch size."""
     sizes = [1, 8] if batch is None else [batch]
@@ -261,7 +261,7 @@ def _speeds(
     for size in sizes:
         some = np.ascontiguousarray(np.resize(images, (size, *images.shape[1:])))
         calls = {name: (lambda runner=runner, some=some: runner(some)) for name, runner in runners.items()}
-        for name, times in time_in_turns(calls, rounds, SECONDS, torch.device("cpu")).items():
+        for name, times in time_in_turns(calls, rounds, seconds, torch.device("cpu")).items():
             seconds_of[name][size] = times
     speeds = {}
     for name, by_size in seconds_of.items():
@@ -275,7 +275,7 @@ def beside_plain(
     own: Runner, plain: Runner, images: np.ndarray, batch: int | None, rounds: int = 7
 ) -> tuple[Speed, Speed, dict[int, Spread]]:
     """Both files in turns: their speeds, and the ratio within a turn by batch size."""
-    speeds = _speeds({"own": own, "plain": plain}, images, batch, rounds)
+    speeds = _speeds({"own": own, "plain": plain}, images, batch, rounds, 1.5 * SECONDS)
     (mine, my_times), (theirs, their_times) = speeds["own"], speeds["plain"]
     ratios = {
         size: Spread.of([b / a for a, b in zip(my_times[size], their_times[size], strict=True)]) for size in my_times

@@ -87,13 +87,14 @@ def mirror_report(teacher: PlainTeacher, images: Iterable[Tensor], group: ImageG
     weight = next(model.parameters())
     streams = _streams(model)
     moments = [[Moments.empty(stream.width, torch.float64, weight.device) for _ in stream.places] for stream in streams]
+    places = None if has_maps(model) else token_places(model, group, weight.device)
     count = 0
     for batch in images:
         here = _seen(model, streams, teacher.normalised(batch))
         there = _seen(model, streams, teacher.normalised(group.act_on_image(1, batch)))
         for of_stream, xs, ys in zip(moments, here, there, strict=True):
             for place, x, y in zip(of_stream, xs, ys, strict=True):
-                place.add(*_put_back(model, group, x, y))
+                place.add(*_put_back(group, places, x, y))
         count += len(batch)
     if not count:
         raise ValueError("images: there are none, so nothing can be said")
@@ -158,11 +159,18 @@ def _seen(model: Any, streams: list[_Stream], images: Tensor) -> list[list[Tenso
     return seen
 
 
-def _put_back(model: Any, group: ImageGroup, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of images and of their mirror images as tokens ``(B, N, C)``, every place beside its own."""
-    if has_maps(model):
+def _put_back(group: ImageGroup, places: Tensor | None, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of images and of their mirror images as tokens ``(B, N, C)``, every place beside its own.
+
+    Args:
+        group: of two elements.
+        places: where tokens lie in the mirror image; None for maps.
+        x: of images.
+        y: of their mirror images.
+    """
+    if places is None:
         return x.flatten(2).mT, group.act_on_image(1, y).flatten(2).mT
-    return x, y[:, token_places(model, group, y.device)]
+    return x, y[:, places]
 
 
 def draw_report(report: MirrorReport, output: Path) -> None:
