@@ -73,27 +73,36 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    """In order of what says most: one seed, a second one, the other width, a third seed, variations, long runs."""
+    """In order of what says most: one seed, two more, the whole budget, the other width, variations."""
     found: dict[Run, None] = {Run(family, "teacher"): None for family in MODELS}
     for family in MODELS:
-        kinds = ("scratch", "random", "steer") if family == "vit" else ("scratch", "random")
-        found |= {Run(family, kind, epochs=epochs): None for epochs in (4, 1) for kind in kinds}
+        found |= {Run(family, kind, epochs=epochs): None for epochs in (4, 1) for kind in _kinds(family)}
         if family == "vit":
             found[Run(family, "steer", epochs=2)] = None
-    found |= dict.fromkeys([*_coupled(), *_repeated(1)])
+    found |= dict.fromkeys([*_coupled(), *_repeated(1), *_repeated(2)])
+    found |= dict.fromkeys([_with_coupled_heads("steer", epochs=EPOCHS), Run("vit", "random"), Run("vit", "scratch")])
     for family in MODELS:
-        kinds = ("scratch", "random", "steer") if family == "vit" else ("scratch", "random")
-        found |= {Run(family, kind, "3/4", epochs): None for epochs in (4, 1) for kind in kinds}
-    found |= dict.fromkeys([*_repeated(2), *_variations()])
-    for kind in ("random", "steer", "scratch"):
-        for family in MODELS:
-            if family == "vit" or kind != "steer":
-                found |= {Run(family, kind): None, Run(family, kind, "3/4"): None}
+        found |= {Run(family, kind, "3/4", epochs): None for epochs in (4, 1) for kind in _kinds(family)}
+    found |= dict.fromkeys([Run("convnext", "random"), Run("convnext", "scratch"), *_variations(), Run("vit", "steer")])
+    found[_with_coupled_heads("steer", "3/4", EPOCHS)] = None
+    for family in MODELS:
+        found |= {Run(family, kind, "3/4"): None for kind in _kinds(family) if kind != "steer"}
     return list(found)
 
 
+def _kinds(family: str) -> tuple[str, ...]:
+    """The starts that there are for a family: ConvNeXts are not steered."""
+    return ("scratch", "random", "steer") if family == "vit" else ("scratch", "random")
+
+
+def _with_coupled_heads(kind: str, width: str = "1", epochs: int = 4, seed: int = 0) -> Run:
+    """A ViT whose heads are mirrored by themselves, not exchanged for one another."""
+    changes: dict[str, Any] = {"model_kwargs": {**WIDTHS["vit", width], "heads": "coupled"}}
+    return Run("vit", kind, width, epochs, seed, changes, "coupled-heads")
+
+
 def _coupled() -> Iterator[Run]:
-    """Students whose heads are mirrored by themselves, not exchanged for one another."""
+    """Students with coupled heads: what steering gives them, and what they give by themselves."""
     for kind, width, epochs, seed in (
         ("steer", "1", 1, 0),
         ("steer", "1", 4, 0),
@@ -105,9 +114,9 @@ def _coupled() -> Iterator[Run]:
         ("random", "1", 1, 0),
         ("steer", "1", 4, 2),
         ("scratch", "1", 4, 0),
+        ("steer", "3/4", 1, 0),
     ):
-        changes: dict[str, Any] = {"model_kwargs": {**WIDTHS["vit", width], "heads": "coupled"}}
-        yield Run("vit", kind, width, epochs, seed, changes, "coupled-heads")
+        yield _with_coupled_heads(kind, width, epochs, seed)
 
 
 def _repeated(seed: int) -> Iterator[Run]:
