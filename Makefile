@@ -7,15 +7,19 @@ OLDEST_PYTHON ?= python3.11
 ADAPTED := tests/test_tools.py tests/hub tests/deploy/test_prepare.py tests/deploy/test_serve.py tests/deploy/test_torchao.py
 DOCS_STAMP := .venv/.installed-docs
 
-.PHONY: demo test oldest soak check lint types docs web node clean
+.PHONY: demo test test-slow oldest soak check lint types docs web node clean
 
 demo: $(STAMP)
 	$(BIN)/equiflop demo
 
 # Without a GPU, Triton's interpreter runs the kernels in tests.
-test: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0),0,1)
+test test-slow: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0),0,1)
 test: $(STAMP)
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+# What takes more than about ten seconds a test: several processes, whole models in every runtime, compiled ones.
+test-slow: $(STAMP)
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 # The oldest versions that pyproject.toml allows. Some libraries need a newer hub client: their tests run behind the others.
 oldest: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0),0,1)
@@ -30,7 +34,7 @@ oldest:
 soak: $(STAMP)
 	$(BIN)/python tests/training/soak.py --kills 30
 
-check: lint types test
+check: lint types test test-slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests examples benchmarks docs studies web

@@ -384,7 +384,7 @@ def test_torchscript_by_compiling_is_refused_in_one_line(name: str) -> None:
         torch.jit.script(small_model(name))
 
 
-@pytest.mark.parametrize("name", [VIT, OCTIC])
+@pytest.mark.parametrize("name", [VIT, pytest.param(OCTIC, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_free_batch_height_and_width(name: str, strict: bool) -> None:
     model = small_model(name, torch.float64, dynamic_img_size=True)

@@ -89,6 +89,7 @@ def test_another_recipe_in_the_same_folder_is_refused_until_told(data: str, trai
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000005.pt", "best.pt"}
 
 
+@pytest.mark.slow
 def test_the_mode_of_compilation(data: str, tmp_path: Path) -> None:
     """On a CPU there are no CUDA graphs to record, and training is that of the default."""
     options = ["--data", data, "--epochs", "1", "--out", str(tmp_path)]

@@ -200,6 +200,7 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_
         export(VIT, tmp_path / "net.pte", "executorch", settings=SMALL)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     small = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
     words = ["export", VIT, *small, "--to", "executorch", "-o", str(tmp_path / "net.pte"), "--images", "4", "--json"]

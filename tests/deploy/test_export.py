@@ -349,6 +349,7 @@ def test_it_is_a_function_of_the_package() -> None:
         equiflop.exprt  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     small = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
     path = tmp_path / "net.onnx"

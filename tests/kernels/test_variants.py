@@ -423,6 +423,7 @@ def test_compiled_training_in_half_precision_writes_attention_out(monkeypatch: p
     assert "attention/written out" not in taken
 
 
+@pytest.mark.slow
 def test_passes_over_memory_in_half_precision() -> None:
     """Bytes of the compiled graph, bfloat16: no more than plain's, but for the heads, which are gathered and taken
     apart once: eight times the features."""

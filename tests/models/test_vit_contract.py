@@ -273,7 +273,7 @@ def test_compiled_graph_is_whole(name: str, group: str) -> None:
     assert relative_error(compiled(images), model(images)) < 1e-12
 
 
-@pytest.mark.parametrize("group", ["flop", "octic"])
+@pytest.mark.parametrize("group", ["flop", pytest.param("octic", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_compiled_with_several_image_sizes(group: str, gradients: bool) -> None:
     """From the second size on the compiler takes height and width as unknowns; timm's plain network allows that."""
