@@ -73,14 +73,14 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    """In order of what says most: one seed, two more, the whole budget, the other width, variations."""
+    """In order of what says most: one seed, the whole budget, two more seeds, the other width, variations."""
     found: dict[Run, None] = {Run(family, "teacher"): None for family in MODELS}
     for family in MODELS:
         found |= {Run(family, kind, epochs=epochs): None for epochs in (4, 1) for kind in _kinds(family)}
         if family == "vit":
             found[Run(family, "steer", epochs=2)] = None
-    found |= dict.fromkeys([*_coupled(), *_repeated(1), *_repeated(2)])
     found |= dict.fromkeys([_with_coupled_heads("steer", epochs=EPOCHS), Run("vit", "random"), Run("vit", "scratch")])
+    found |= dict.fromkeys([*_coupled(), *_repeated(1), *_repeated(2)])
     for family in MODELS:
         found |= {Run(family, kind, "3/4", epochs): None for epochs in (4, 1) for kind in _kinds(family)}
     found |= dict.fromkeys([Run("convnext", "random"), Run("convnext", "scratch"), *_variations(), Run("vit", "steer")])

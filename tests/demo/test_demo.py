@@ -42,7 +42,8 @@ def test_whole_demo(tmp_path: Path) -> None:
     assert written["rows"][0]["macs"] == equivariant.macs
     assert written["hardware"]["cores"] and written["versions"]["torch"] == torch.__version__
     assert written["settings"]["seed"] == 0 and written["command"].startswith("equiflop")
-    assert Image.open(tmp_path / "demo.png").size[0] > 1500
+    with Image.open(tmp_path / "demo.png") as plot:
+        assert plot.size[0] > 1500
     assert load_model(tmp_path / "equivariant").spec.name == "flop_deit3_tiny_patch16_224"
     assert load_model(tmp_path / "plain").spec.name == "deit3_tiny_patch16_224"
     assert format_table(results) in "\n".join(lines)
