@@ -22,11 +22,13 @@ from equiflop.cli.main import main
 from equiflop.data import Preprocessing
 from equiflop.distill import DistillConfig, DistillTrainer, PlainTeacher
 from equiflop.distill.objective import Reader, Student
+from equiflop.distill.teacher import load_teacher
 from equiflop.grids import named_image_group
 from equiflop.groups import Rep
 from equiflop.models import EquivariantVisionTransformer
 from equiflop.nn import Linear
 from equiflop.training import TrainingInterrupted
+from equiflop.training.state import CheckpointError
 from oracles import move_tokens, scramble
 from test_processes import command, environment, rows
 from test_training import GREY, StopAfter, assert_same_outcome, toy_data
@@ -130,6 +132,48 @@ class TestLearning:
         config = config_for(str(tmp_path / "teacher.safetensors"), tmp_path / "out", model=kind, epochs=1)
         assert DistillTrainer(config, toy_data()).run()[-1].train_loss > 0
 
+    @pytest.mark.parametrize("pool", ["map", "avg"])
+    def test_embeddings(self, pool: str, tmp_path: Path) -> None:
+        """Of a teacher without a classifier, the student gives the embedding; every part of it learns."""
+        settings = {**SMALL, "img_size": 28, "in_chans": 1, "global_pool": pool, "class_token": False}
+        spec = ModelSpec("vit_small_patch16_224", settings, (), GREY)
+        plain: Any = spec.build()
+        save_weights(tmp_path / "plain.safetensors", plain.state_dict(), spec)
+        file = str(tmp_path / "plain.safetensors")
+        config = config_for(file, tmp_path / "out", model=spec.name, epochs=12, batch_size=10, lr=5e-3, shift=0)
+        trainer = DistillTrainer(config, toy_data(300))
+        first = {name: value.clone() for name, value in trainer.model.named_parameters()}
+        history = trainer.run()
+        assert history[-1].metrics["test_error"] < 0.6 * history[0].metrics["test_error"]
+        assert "test_agreement" not in history[-1].metrics
+        same = [name for name, value in trainer.model.named_parameters() if torch.equal(value, first[name])]
+        assert same == []
+        student = load_model(tmp_path / "out")
+        x = next(iter(toy_data(300).test.batches(torch.arange(20), 20))).images
+        with torch.no_grad():
+            wanted = (plain.eval()(x) + plain(x.flip(-1))) / 2
+            found, untrained = student.model(x), DistillTrainer(config, toy_data(300)).model.get_submodule("student")(x)
+        assert student.spec.classes == () and found.shape == wanted.shape == (20, 32)
+        assert (found - wanted).norm() < 0.5 * (untrained - wanted).norm()
+        assert equiflop.check(student.model, input_size=(28, 28), randomize=False).passed
+
+    def test_registers_are_no_class_tokens(self) -> None:
+        counts = {}
+        for name in ("vit_medium_patch16_reg4_gap_256", "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"):
+            model = timm.create_model(name, depth=1, embed_dim=16, num_heads=2, img_size=32)
+            spec = ModelSpec(name, {}, (), Preprocessing((3, 32, 32), (0.5,) * 3, (0.5,) * 3))
+            counts[name] = (PlainTeacher(spec, model, "it").prefix_tokens, PlainTeacher(spec, model, "it").class_tokens)
+        assert list(counts.values()) == [(4, 0), (2, 2), (1, 1)]
+
+    def test_what_regularised_the_teacher_does_not_regularise_the_student(self, tmp_path: Path) -> None:
+        rates = {"patch_drop_rate": 0.5, "proj_drop_rate": 0.1, "drop_path_rate": 0.1}
+        settings = {**SMALL, "img_size": 28, "in_chans": 1}
+        spec = ModelSpec(NAME, {**settings, **rates}, tuple("abcdefghij"), GREY)
+        save_weights(tmp_path / "teacher.safetensors", spec.build().state_dict(), spec)
+        trainer = DistillTrainer(config_for(str(tmp_path / "teacher.safetensors"), tmp_path / "out"), toy_data())
+        trainer.run_epoch()
+        assert not rates.keys() & trainer.spec.kwargs.keys()
+
     @pytest.mark.slow
     def test_compiled_teacher_and_student_make_the_same_losses(self, teacher: str, tmp_path: Path) -> None:
         trainers = [
@@ -211,6 +255,22 @@ class TestResume:
         assert second.resume() is not None and (second.epoch, second.step) == (1, steps)
         second.run()
         assert_same_outcome(second, uninterrupted)
+
+    def test_a_teacher_is_known_by_its_weights(self, teacher: str, tmp_path: Path) -> None:
+        """Wherever its file lies; and others in its place do not go on."""
+        trained = load_model(teacher)
+        weights = trained.model.state_dict()
+        for name, factor in (("here", 1.0), ("there", 1.0), ("other", 0.5)):
+            changed = {**weights, "head.weight": factor * weights["head.weight"]}
+            save_weights(tmp_path / f"{name}.safetensors", changed, trained.spec)
+        config = config_for(str(tmp_path / "here.safetensors"), tmp_path / "out")
+        first = DistillTrainer(config, toy_data())
+        first.run_epoch()
+        first.save()
+        moved = replace(config, teacher=str(tmp_path / "there.safetensors"))
+        assert DistillTrainer(moved, toy_data()).resume() is not None
+        with pytest.raises(CheckpointError, match="another teacher; take another folder"):
+            DistillTrainer(replace(config, teacher=str(tmp_path / "other.safetensors")), toy_data()).resume()
 
 
 class TestOtherCommands:
@@ -356,6 +416,7 @@ class TestRefusals:
             (["vit_small_patch16_224", "--teacher-checkpoint", "nosuch.pth"], ["nosuch.pth", "no such file"]),
             ([], ["NAME", "--teacher"]),
             ([NAME, "--class-weight=0", "--patch-weight=0", "--middle-weight=0", "--logits-weight=0"], ["above 0"]),
+            (["vit_small_patch16_224.bogus"], ["vit_small_patch16_224.bogus", "no weights of this tag", "augreg_in1k"]),
             ([NAME, "--init", "guess"], ["init='guess'", "random, steer"]),
         ],
     )
@@ -365,6 +426,30 @@ class TestRefusals:
     def test_of_another_size(self, teacher: str) -> None:
         result = run("--teacher", teacher, "--data", "fashion-mnist-part", "--img-size", "56")
         self.refused(result, "1x28x28", "1x56x56", "--img-size")
+
+    def test_of_a_recipes_size(self, teacher: str) -> None:
+        result = run("--teacher", teacher, "--data", "fashion-mnist-part", "--recipe", "deit3-small")
+        self.refused(result, "takes images of 1x28x28", "--img-size 28x28 --channels 1", "--recipe")
+
+    def test_of_dropped_patches(self, teacher: str) -> None:
+        result = run("--teacher", teacher, "--data", "fashion-mnist-part", "--set", "patch_drop_rate=0.5")
+        self.refused(result, "patch_drop_rate=0.5", "every patch")
+
+    def test_of_a_loss_without_a_term(self, convnext: str) -> None:
+        zero = [f"--{name}-weight=0" for name in ("patch", "middle", "logits")]
+        result = run("--teacher", convnext, "--data", "fashion-mnist-part", *zero)
+        self.refused(result, "class_weight=1.0", "has no class token", "patch_weight")
+
+    def test_of_a_figure_before_looking(self, teacher: str) -> None:
+        result = run("--teacher", teacher, "--data", "nosuch", "--report", "--plot", "x.txt")
+        self.refused(result, "plot='x.txt'", ".png")
+
+    def test_steering_with_normed_queries(self, tmp_path: Path) -> None:
+        settings = {**SMALL, "img_size": 28, "in_chans": 1, "qk_norm": True}
+        spec = ModelSpec("vit_small_patch16_224", settings, tuple("abcdefghij"), GREY)
+        save_weights(tmp_path / "net.safetensors", spec.build().state_dict(), spec)
+        result = run("--teacher", str(tmp_path / "net.safetensors"), "--data", "fashion-mnist-part", "--init", "steer")
+        self.refused(result, "cannot read module blocks.0.attn.q_norm", "--init random")
 
     def test_of_other_classes_where_labels_are_used(self, teacher: str) -> None:
         result = run("--teacher", teacher, "--data", "fashion-mnist-part", "--label-weight", "1")
@@ -419,17 +504,44 @@ class TestRefusals:
         self.refused(run("--teacher", teacher, "--data", "fashion-mnist-part", "--group", "d8"), "d8", "octic")
 
 
-def test_a_file_of_weights_teaches(tmp_path: Path) -> None:
-    """Whatever the number of its classes, from the command line to the student."""
-    network = timm.create_model("deit3_tiny_patch16_224", num_classes=3)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        (NAME, {"num_classes": 3}),
+        (NAME, {"in_chans": 1}),
+        (NAME, {"in_chans": 4, "img_size": 96}),
+        (NAME, {"global_pool": "avg"}),
+        (NAME, {"num_classes": 0}),
+        ("convnext_atto", {"num_classes": 3}),
+        ("vit_medium_patch16_reg4_gap_256", {"img_size": 64}),
+    ],
+)
+def test_a_file_of_weights_teaches(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever its classes, colours, image size and pooling are, which the weights show."""
+    network: Any = timm.create_model(name, **settings)
     save_file(network.state_dict(), str(tmp_path / "net.safetensors"))
-    from equiflop.distill.teacher import load_teacher
-
-    config = replace(config_for("", tmp_path), teacher_checkpoint=str(tmp_path / "net.safetensors"))
-    found = load_teacher(config)
-    image = torch.randn(1, 3, 224, 224)
+    found = load_teacher(
+        replace(config_for("", tmp_path), model=name, teacher_checkpoint=str(tmp_path / "net.safetensors"))
+    )
+    channels, size = settings.get("in_chans", 3), network.default_cfg["input_size"][1:]
+    size = (settings["img_size"],) * 2 if "img_size" in settings else size
+    image = torch.randn(1, channels, *size)
     torch.testing.assert_close(found.model(image), network.eval()(image))
-    assert found.spec.classes == ("0", "1", "2")
+    preprocessing = found.spec.preprocessing
+    assert preprocessing.input_size == (channels, *size)
+    assert len(preprocessing.mean) == len(preprocessing.std) == channels
+    assert found.spec.classes == tuple(map(str, range(settings.get("num_classes", network.num_classes))))
+    found.spec.build().load_state_dict(network.state_dict())
+
+
+def test_whether_data_have_the_teachers_classes(teacher: str) -> None:
+    trained = load_model(teacher)
+    own = trained.spec.classes
+    named = PlainTeacher(trained.spec, trained.model, "it")
+    assert named.knows(own) and not named.knows(own[::-1]) and not named.knows(own[1:])
+    published = PlainTeacher(trained.spec, trained.model, "it", names_classes=False)
+    assert published.knows(own) and published.knows(tuple("ABCDEFGHIJ"))
+    assert not published.knows(own[::-1]) and not published.knows(own[1:])
 
 
 def test_command(teacher: str, tmp_path: Path) -> None:

@@ -67,6 +67,18 @@ def test_gives_back_what_was_hidden(settings: dict[str, Any]) -> None:
     assert min(found.stream.kept.values()) > 1 - 1e-12 and min(found.units) > 1 - 1e-12 and min(found.heads) > 1 - 1e-12
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_gives_back_an_embedding(pool: str) -> None:
+    """Of a teacher without a classifier, in its own channels and averaged over the views."""
+    teacher = hidden(network(global_pool=pool), plain_settings({"global_pool": pool}))
+    teacher.reset_classifier(0)
+    student = network(seed=1, global_pool=pool, num_classes=teacher.embed_dim)
+    steer(student, teacher, images())
+    x = torch.randn(6, 2, 24, 24, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(student(x), (teacher(x) + teacher(x.flip(-1))) / 2) < 1e-9
+
+
 @pytest.mark.parametrize("heads", ["coupled", "regular"])
 def test_a_wider_student_computes_the_same(heads: str) -> None:
     """But for the eps of its norms, which weighs otherwise: more channels, wider heads, more hidden units."""
@@ -174,6 +186,8 @@ class TestRefusals:
             ({"block_fn": ParallelScalingBlock}, {}, "ParallelScalingBlock"),
             ({}, {"depth": 2}, "depth=2: init='steer' needs as many blocks as the teacher has, 3"),
             ({}, {"invariants": "norm"}, "invariants='norm'"),
+            ({}, {"global_pool": "avg"}, "global_pool='avg': init='steer' needs the pooling of the teacher, 'token'"),
+            ({}, {"qkv_bias": False}, "blocks.0.attn.qkv of the student has no bias"),
         ],
     )
     def test_in_one_line(self, teacher: dict[str, Any], settings: dict[str, Any], message: str) -> None:
@@ -181,6 +195,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message) as refused:
             steer(network(**settings), plain, images(2))
         assert "\n" not in str(refused.value)
+
+    def test_of_no_images(self) -> None:
+        with pytest.raises(ValueError, match="images: there are none to look at"):
+            steer(network(), VisionTransformer(**plain_settings({})).double().eval(), [])
 
     def test_other_classes(self) -> None:
         with pytest.raises(ValueError, match="twins of timm's VisionTransformer, not a Linear"):

@@ -105,7 +105,7 @@ class ModelSpec:
     Attributes:
         name: timm's name of the model.
         kwargs: keywords it was made with.
-        classes: names of the classes, in the order of the logits.
+        classes: names of the classes, in the order of the logits; none where it gives an embedding.
         preprocessing: what its input is.
     """
 
@@ -121,7 +121,8 @@ class ModelSpec:
             ValueError: see :func:`create_model`.
             TypeError: see :func:`create_model`.
         """
-        return create_model(self.name, {**self.kwargs, "num_classes": len(self.classes)})
+        outputs = len(self.classes) or self.kwargs.get("num_classes", 0)
+        return create_model(self.name, {**self.kwargs, "num_classes": outputs})
 
     def to_json(self) -> str:
         """As JSON text."""

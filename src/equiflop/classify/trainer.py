@@ -73,7 +73,7 @@ class ClassifierTrainer(Trainer):
             config,
             measure=self._measure,
             best=self.best,
-            about=self.spec.to_json(),
+            about=self._about(),
             progress=progress if progress is not None else Progress(config.model),
             processes=processes,
         )
@@ -96,6 +96,10 @@ class ClassifierTrainer(Trainer):
     def _describe(self, config: TrainConfig) -> ModelSpec:
         """What the network is."""
         return _spec_for(config, self.data)
+
+    def _about(self) -> str:
+        """What a run's states and weights say of the network; they are of one run if it is the same."""
+        return self.spec.to_json()
 
     def _to_train(self, model: nn.Module, config: TrainConfig) -> tuple[nn.Module, Objective]:
         """The module whose parameters are trained, given the network, and what is minimised."""

@@ -97,9 +97,12 @@ def _report(config: DistillConfig, plot: str | None, as_json: bool) -> None:
     from equiflop.data import open_data
     from equiflop.distill.report import draw_report, mirror_report
     from equiflop.distill.teacher import load_teacher, numerical_device, sample_images
+    from equiflop.figure_files import check_figure_file
     from equiflop.grids import as_image_group
     from equiflop.runtime.device import pick_device
 
+    if plot is not None:
+        check_figure_file(Path(plot), "plot")
     teacher = load_teacher(config)
     asked = config.image_size is not None or config.channels is not None
     own = None if asked else teacher.spec.preprocessing

@@ -55,6 +55,8 @@ class DistillConfig(TrainConfig):
     )
     label_weight: float = setting(0.0, "Weight of the loss on the data's own labels; 0: labels are not used.", 0)
 
+    #: A teacher is known again by its weights, wherever they lie.
+    free_on_resume: ClassVar[tuple[str, ...]] = (*TrainConfig.free_on_resume, "teacher", "teacher_checkpoint")
     #: Says that a training state holds more than the network.
     distills: ClassVar[bool] = True
     #: Fields that the command line leaves out.

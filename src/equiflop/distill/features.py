@@ -22,7 +22,7 @@ class Features:
         tokens: behind the last block, in transformers and MLPs behind the last norm, ``(B, N, C)``; tokens that are
             no patches first.
         middle: patch tokens half way, ``(B, patches, C')``: behind half of the blocks or the last stage but one.
-        logits: ``(B, classes)``, or without a classifier pooled features.
+        logits: ``(B, classes)``, or without a classifier the embedding, ``(B, channels)``.
     """
 
     tokens: Tensor
@@ -91,6 +91,11 @@ def has_maps(model: nn.Module) -> bool:
 def prefix_tokens(model: Any) -> int:
     """How many tokens are no patches."""
     return int(getattr(model, "num_prefix_tokens", 0))
+
+
+def class_tokens(model: Any) -> int:
+    """How many tokens, the first ones, answers are read from: a class token and DeiT's distillation token."""
+    return sum(getattr(model, name, None) is not None for name in ("cls_token", "dist_token"))
 
 
 def grid_of(model: Any) -> tuple[int, int]:

@@ -99,11 +99,12 @@ class Student(nn.Module):
 class DistillObjective(nn.Module):
     """Loss of a student against its teacher, as :class:`equiflop.training.Trainer` takes an objective.
 
-    With ``t`` the teacher's normed features at all views (:meth:`PlainTeacher.views`) and ``r`` what is read out of the
-    student's, it is the sum, each term times its weight, of the mean squares of ``r - t`` over the class token, the
-    patch tokens and the patch tokens in the middle; of ``T^2 KL(softmax(a / T) || softmax(s / T))``, ``a`` being the
-    teacher's answers averaged over the views, ``s`` the student's and ``T`` the ``distillation_temperature``, or of the
-    mean square of ``s - a``; and of the loss on labels. Source of the terms: Proteus, Zhang et al., arXiv 2407.10366.
+    With ``t`` the teacher's normed features at all views (:meth:`PlainTeacher.views`) and ``r`` what is read out of
+    the student's, it is the sum, each term times its weight, of the mean squares of ``r - t`` over the class token,
+    the patch tokens and the patch tokens in the middle; of ``T^2 KL(softmax(a / T) || softmax(s / T))``, ``a``
+    being the teacher's answers averaged over the views, ``s`` the student's and ``T`` the
+    ``distillation_temperature``, or of the mean square of ``s - a``, or where the answer is an embedding of ``|s -
+    a|^2 / |a|^2``; and of the loss on labels. Source of the terms: Proteus, Zhang et al., arXiv 2407.10366.
 
     Args:
         config: the run.
@@ -161,21 +162,23 @@ class DistillObjective(nn.Module):
             found: what was read out of the student's features, and its logits.
             wanted: the teacher's.
         """
-        prefix = self.teacher.prefix_tokens
+        prefix, answering = self.teacher.prefix_tokens, self.teacher.class_tokens
         terms = {}
-        if prefix:
-            terms["class_error"] = F.mse_loss(found.tokens[:, 0], wanted.tokens[:, 0])
+        if answering:
+            terms["class_error"] = F.mse_loss(found.tokens[:, :answering], wanted.tokens[:, :answering])
         terms["patch_error"] = F.mse_loss(found.tokens[:, prefix:], wanted.tokens[:, prefix:])
         terms["middle_error"] = F.mse_loss(found.middle, wanted.middle)
-        if self.teacher.model.num_classes:
-            terms["logits_error"] = self._error_of_logits(found.logits, wanted.logits)
+        terms["logits_error"] = self._error_of_answers(found.logits, wanted.logits)
         return terms
 
     def weights(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """The weight of every term."""
         return {name: getattr(self.config, name.replace("error", "weight")) for name in terms}
 
-    def _error_of_logits(self, logits: Tensor, answers: Tensor) -> Tensor:
+    def _error_of_answers(self, logits: Tensor, answers: Tensor) -> Tensor:
+        if not self.teacher.model.num_classes:
+            error, size = (part.float().square().sum(dim=1) for part in (logits - answers, answers))
+            return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean()
         if self.config.logits_loss == "mse":
             return F.mse_loss(logits, answers)
         t = self.config.distillation_temperature

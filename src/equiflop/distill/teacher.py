@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from torch import Tensor, nn
 
 from equiflop.classify.model_spec import ModelSpec, check_model_name, create_model, preprocessing_of
 from equiflop.classify.objective import renormalising
+from equiflop.classify.prediction import Classifier, published_classes
 from equiflop.classify.weights import load_model
 from equiflop.data import Preprocessing, Split
 from equiflop.data.randomness import epoch_order
 from equiflop.distill.config import DistillConfig
-from equiflop.distill.features import Features, Maps, maps_of, prefix_tokens, widths
+from equiflop.distill.features import Features, Maps, class_tokens, maps_of, prefix_tokens, widths
 from equiflop.image_group import ImageGroup
 from equiflop.models import IsotropicConvNeXt
 from equiflop.models.entry_points import TWIN
@@ -103,6 +106,34 @@ class PlainTeacher(nn.Module):
         """How many of its tokens are no patches."""
         return prefix_tokens(self.model)
 
+    @property
+    def class_tokens(self) -> int:
+        """How many of its tokens, the first ones, its answers are read from."""
+        return class_tokens(self.model)
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers it answers with: classes, or channels of the embedding where it has no classifier."""
+        return int(self.model.num_classes or self.model.head_hidden_size)
+
+    def knows(self, classes: tuple[str, ...]) -> bool:
+        """Whether data have its classes, in its order; names that it does not know are taken for other names of its."""
+        if self.names_classes:
+            return self.spec.classes == classes
+        try:
+            Classifier(self.spec.name, self.model, self.spec.classes, self.spec.preprocessing).check_classes(classes)
+        except ValueError:
+            return False
+        return True
+
+    def fingerprint(self) -> str:
+        """What tells its weights from others: the SHA-256 of all of them."""
+        found = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            found.update(name.encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
     def take(self, preprocessing: Preprocessing) -> None:
         """Look at images of this preprocessing from now on.
 
@@ -113,8 +144,9 @@ class PlainTeacher(nn.Module):
         if own.input_size != preprocessing.input_size:
             theirs, ours = ("x".join(map(str, p.input_size)) for p in (own, preprocessing))
             raise ValueError(
-                f"{self.source} takes images of {theirs} (channels, height, width), the data gives {ours}; leave out "
-                f"--img-size and --channels"
+                f"{self.source} takes images of {theirs} (channels, height, width), the data gives {ours}; say "
+                f"--img-size {own.input_size[1]}x{own.input_size[2]} --channels {own.input_size[0]}, or leave out the "
+                "--img-size, --channels or --recipe that says otherwise"
             )
         scale, shift = renormalising(preprocessing, own)
         self.scale.copy_(scale)
@@ -199,12 +231,14 @@ def load_teacher(config: DistillConfig) -> PlainTeacher:
         raise ValueError(f"{config.model} is equivariant already; the teacher must be a plain network of timm")
     if config.teacher_checkpoint:
         check_model_name(config.model)
-        model = _from_file(config.model, config.teacher_checkpoint)
+        model, keywords = _from_file(config.model, config.teacher_checkpoint)
         source = f"teacher_checkpoint={config.teacher_checkpoint!r}"
+        classes = tuple(map(str, range(model.num_classes)))
     else:
-        model = _pretrained(config.model)
+        model, keywords = _pretrained(config.model), {}
         source = f"model={config.model!r}"
-    spec = ModelSpec(config.model, {}, _class_names(model), preprocessing_of(model))
+        classes = published_classes(model)
+    spec = ModelSpec(config.model, keywords, classes, preprocessing_of(model))
     return PlainTeacher(spec, model, source, names_classes=False)
 
 
@@ -214,7 +248,13 @@ def _pretrained(name: str) -> nn.Module:
     if name.split(".")[0] in equivariant_models():
         raise ValueError(f"model={name!r} is equivariant already; the teacher must be a plain network of timm")
     check_model_name(name)
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
+        raise ValueError(
+            f"model={name!r}: timm knows no weights of this tag; of this network it has {known}"
+        ) from error
     if config is None or not config.has_weights:
         raise ValueError(
             f"model={name!r}: timm has no weights of it, so it cannot teach; give --teacher-checkpoint FILE or "
@@ -228,25 +268,67 @@ def _pretrained(name: str) -> nn.Module:
         ) from error
 
 
-def _from_file(name: str, file: str) -> nn.Module:
-    """A network with the weights of a file, adapted as timm adapts published ones, without running code in the file."""
+def _from_file(name: str, file: str) -> tuple[Any, dict[str, Any]]:
+    """A network with the weights of a file, adapted as timm adapts published ones, without running code in the file.
+
+    Returns:
+        the network, and timm's keywords for what the file shows to be otherwise than by default.
+    """
     source = f"teacher_checkpoint={file!r}"
     if not Path(file).is_file():
         raise ValueError(f"{source}: no such file")
     try:
-        head = load_state_dict(file).get("head.weight")
-        classes = {} if head is None else {"num_classes": len(head)}
-        overlay = {"file": file, "custom_load": False, **classes}
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **classes)
+        keywords = _keywords_of(name, load_state_dict(file))
+        noted = {key: keywords[key] for key in ("num_classes",) if key in keywords}
+        overlay = {"file": file, "custom_load": False, **noted}
+        if "in_chans" in keywords or "img_size" in keywords:
+            overlay |= _input_of(name, keywords)
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **keywords)
     except Exception as error:  # a damaged file makes the readers raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{source}: holds no weights of {name} ({reason:.300})") from error
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise ValueError(f"{source}: holds NaN or infinite numbers")
-    return model
+    return model, keywords
 
 
-def _class_names(model: Any) -> tuple[str, ...]:
-    noted = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    count = int(model.num_classes)
-    return tuple(map(str, noted)) if noted and len(noted) == count else tuple(map(str, range(count)))
+def _keywords_of(name: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What weights show of their network: classes, colours, image size (a square one), pooling."""
+    noted: Any = timm.get_pretrained_cfg(name)
+    if noted is None:
+        return {}
+    plain = timm.create_model(name).state_dict()
+    found: dict[str, Any] = {}
+    heads = noted.classifier if isinstance(noted.classifier, tuple) else (noted.classifier,)
+    keys = [f"{head}.weight" for head in (*heads, "head") if head]
+    head = next((weights[key] for key in keys if key in weights), None)
+    if head is not None and len(head) != noted.num_classes:
+        found["num_classes"] = len(head)
+    elif head is None and weights.keys() < plain.keys():
+        found["num_classes"] = 0
+    pixels = weights.get(f"{noted.first_conv}.weight")
+    if pixels is not None and pixels.ndim == 4 and pixels.shape[1] != noted.input_size[0]:
+        found["in_chans"] = int(pixels.shape[1])
+    if "fc_norm.weight" in weights and "norm.weight" in plain and "norm.weight" not in weights:
+        found["global_pool"] = "avg"
+    places, usual = (state.get("pos_embed") for state in (weights, plain))
+    if places is not None and usual is not None and pixels is not None and places.shape[1] != usual.shape[1]:
+        height, width = (size // patch for size, patch in zip(noted.input_size[1:], pixels.shape[2:], strict=True))
+        patches = places.shape[1] - (usual.shape[1] - height * width)
+        side = math.isqrt(max(patches, 0))
+        if side**2 != patches:
+            raise ValueError(f"its position embedding has {places.shape[1]} places, which make no square")
+        found["img_size"] = [side * patch for patch in pixels.shape[2:]]
+    return found
+
+
+def _input_of(name: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm notes of the input, for other colours or another size."""
+    noted: Any = timm.get_pretrained_cfg(name)
+    colours = keywords.get("in_chans", noted.input_size[0])
+    size = keywords.get("img_size", noted.input_size[1:])
+    found: dict[str, Any] = {"input_size": (colours, *size)}
+    if colours != noted.input_size[0]:
+        mean, std = ((sum(values) / len(values),) * colours for values in (noted.mean, noted.std))
+        found |= {"mean": mean, "std": std, "first_conv": None}  # the weights are not to be adapted
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,9 @@ from equiflop.runtime.processes import Processes
 from equiflop.runtime.progress import Progress
 from equiflop.training.records import EpochRecord
 from equiflop.training.step import Objective
+
+#: How the names of keywords end that a teacher needed in its training alone.
+_REGULARISERS = ("drop_rate", "drop_path_rate")
 
 
 class DistillTrainer(ClassifierTrainer):
@@ -66,25 +70,43 @@ class DistillTrainer(ClassifierTrainer):
     def _describe(self, config: Any) -> ModelSpec:
         self.teacher.take(self.data.preprocessing)
         teacher, data = self.teacher.spec, self.data
-        same_names = teacher.classes == data.classes or not self.teacher.names_classes
-        self.knows_labels = len(teacher.classes) == len(data.classes) and same_names
+        self.knows_labels = self.teacher.knows(data.classes)
         if config.label_weight and not self.knows_labels:
             raise ValueError(
                 f"label_weight={config.label_weight}: {self.teacher.source} knows {len(teacher.classes)} classes, "
                 f"other ones than the {len(data.classes)} of {data.name}; leave label_weight at 0"
             )
         classes = data.classes if self.knows_labels else teacher.classes
-        keywords = {key: value for key, value in teacher.kwargs.items() if key != "drop_path_rate"}
-        count = config.model_kwargs.get("num_classes", len(classes))
-        if count != len(classes):
-            raise ValueError(f"num_classes={count}: {self.teacher.source} has {len(classes)} classes, which decides it")
+        keywords = {key: value for key, value in teacher.kwargs.items() if not key.endswith(_REGULARISERS)}
+        outputs = self.teacher.outputs
+        count = config.model_kwargs.get("num_classes", outputs)
+        if count != outputs:
+            what = "classes" if classes else "channels in its embedding"
+            raise ValueError(f"num_classes={count}: {self.teacher.source} has {outputs} {what}, which decides it")
+        if not classes:
+            keywords["num_classes"] = outputs
+        if config.model_kwargs.get("patch_drop_rate"):
+            rate = config.model_kwargs["patch_drop_rate"]
+            raise ValueError(f"patch_drop_rate={rate}: a student has to give the features of every patch; leave it out")
+        others = (config.patch_weight, config.middle_weight, config.logits_weight, config.label_weight)
+        if not (self.teacher.class_tokens or any(others)):
+            raise ValueError(
+                f"class_weight={config.class_weight}: {self.teacher.source} has no class token; let one of "
+                "patch_weight, middle_weight, logits_weight and label_weight be above 0"
+            )
         if config.drop_path:
             keywords["drop_path_rate"] = config.drop_path
         keywords = {**keywords, **config.model_kwargs}
         keywords.setdefault("group", "flop")
+        if config.init == "steer":
+            check_steerable(self.teacher.model, as_image_group(keywords["group"]), self.teacher.source)
         if config.init == "steer" and "heads" not in keywords and self._heads_can_be_coupled(keywords):
             keywords["heads"] = "coupled"
         return ModelSpec(TWIN + teacher.name.split(".")[0], keywords, classes, data.preprocessing)
+
+    def _about(self) -> str:
+        """The student, and a mark of the teacher's weights, by which a run that goes on knows its teacher again."""
+        return json.dumps({**json.loads(super()._about()), "teacher": self.teacher.fingerprint()})
 
     def _heads_can_be_coupled(self, keywords: dict[str, Any]) -> bool:
         """Whether every head has a share of the invariant and of the flipping channels, in what steering can read."""
@@ -107,8 +129,7 @@ class DistillTrainer(ClassifierTrainer):
 
     def _steer(self, student: Student, config: DistillConfig) -> Steering:
         """Project the teacher's weights onto the student."""
-        group, source = student.group, self.teacher.source
-        check_steerable(self.teacher.model, group, source)
+        source = self.teacher.source
         device = numerical_device(self.processes.device)
         teacher = self.teacher.to(device)
         batches = sample_images(self.data.train, config, device)

@@ -68,7 +68,8 @@ class Identity:
             )
         if state.about != self.about:
             raise CheckpointError(
-                f"{path}: is of another network, or of one with other classes or another input; take another folder"
+                f"{path}: is of another network, or of one with other classes, another input or another teacher; "
+                "take another folder"
             )
 
 

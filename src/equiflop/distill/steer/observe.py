@@ -46,6 +46,32 @@ class Moments:
 
 
 @dataclass
+class Energies:
+    """The same of units that are looked at one by one.
+
+    Attributes:
+        same: ``sum x^2 + y^2``, shape ``(C,)``.
+        across: ``sum x y^T + y x^T``, shape ``(C, C)``, symmetric.
+    """
+
+    same: Tensor
+    across: Tensor
+
+    @classmethod
+    def empty(cls, width: int, dtype: torch.dtype, device: torch.device) -> Energies:
+        """Of no image."""
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in (width, (width, width))))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add features of some images, ``(..., C)``, and of their mirror images."""
+        x, y = (part.reshape(-1, part.shape[-1]).to(self.same.dtype) for part in (x, y))
+        across = x.T @ y
+        self.same += x.square().sum(0) + y.square().sum(0)
+        self.across += across
+        self.across += across.T
+
+
+@dataclass
 class Observations:
     """Moments at all places of a network where something is to be learnt.
 
@@ -57,7 +83,7 @@ class Observations:
 
     stream: dict[str, Moments] = field(default_factory=dict)
     heads: list[Moments] = field(default_factory=list)
-    units: list[Moments] = field(default_factory=list)
+    units: list[Energies] = field(default_factory=list)
 
 
 def readers(model: Any) -> dict[str, nn.Module]:
@@ -67,6 +93,7 @@ def readers(model: Any) -> dict[str, nn.Module]:
 
 
 _NORMS = ("norm1", "norm2")
+_AT_ONCE = 8  # images: what all places of a ViT-B see of them fills 0.8 GB
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -83,6 +110,9 @@ def observe(model: Any, images: Iterable[Tensor], group: ImageGroup) -> Observat
         model: a network of timm's class ``VisionTransformer``, in evaluation mode.
         images: batches ``(B, C, H, W)`` as the network takes them.
         group: a group of two elements; the second one mirrors the images.
+
+    Raises:
+        ValueError: if there are no images.
     """
     weight = next(model.parameters())
     dtype, device = weight.dtype, weight.device
@@ -90,16 +120,20 @@ def observe(model: Any, images: Iterable[Tensor], group: ImageGroup) -> Observat
     found = Observations({name: Moments.empty(width, torch.float64, device) for name in readers(model)})
     for block in model.blocks:
         found.heads.append(Moments.empty(block.attn.proj.in_features, torch.float64, device))
-        found.units.append(Moments.empty(block.mlp.fc2.in_features, dtype, device))
-    watched: list[tuple[nn.Module, Moments]] = [(norm, found.stream[name]) for name, norm in readers(model).items()]
+        found.units.append(Energies.empty(block.mlp.fc2.in_features, dtype, device))
+    watched: list[tuple[nn.Module, Moments | Energies]] = [
+        (norm, found.stream[name]) for name, norm in readers(model).items()
+    ]
     for block, heads, units in zip(model.blocks, found.heads, found.units, strict=True):
         watched += [(block.attn.proj, heads), (block.mlp.fc2, units)]
     places = token_places(model, group, device)
-    for batch in images:
+    for batch in (part for given in images for part in given.split(_AT_ONCE)):
         here = _inputs(model, batch, [module for module, _ in watched])
         there = _inputs(model, group.act_on_image(1, batch), [module for module, _ in watched])
         for (_, moments), x, y in zip(watched, here, there, strict=True):
             moments.add(x, y if y.ndim == 2 else y[:, places])
+    if not found.stream[next(iter(found.stream))].count:
+        raise ValueError("images: there are none to look at")
     return found
 
 

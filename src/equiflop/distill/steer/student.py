@@ -70,6 +70,16 @@ def steer(student: nn.Module, teacher: Any, images: Iterable[Tensor], source: st
         raise ValueError(
             f"depth={len(student.blocks)}: init='steer' needs as many blocks as {source} has, {len(teacher.blocks)}"
         )
+    if student.global_pool != teacher.global_pool:
+        raise ValueError(
+            f"global_pool={student.global_pool!r}: init='steer' needs the pooling of {source}, {teacher.global_pool!r}"
+        )
+    for i, block in enumerate(student.blocks):
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            if block.get_submodule(name).bias is None:
+                raise ValueError(
+                    f"blocks.{i}.{name} of the student has no bias: init='steer' needs it for the biases of {source}"
+                )
     if student.kind_of_invariants not in (None, "trivial"):
         raise ValueError(f"invariants={student.kind_of_invariants!r}: init='steer' writes heads on 'trivial' ones")
     seen = observe(teacher, images, student.group)
@@ -145,12 +155,14 @@ class _Writer:
                 made.pos_embed.prefix.copy_(field[:prefix, : self.split])
 
     def head(self) -> None:
-        """The classifier, which sees the invariant channels."""
-        if not isinstance(self.teacher.head, nn.Linear):
+        """The classifier, or what gives the teacher's embedding; it sees the invariant channels."""
+        if not isinstance(self.student.head, nn.Linear):
             return
         place = "fc_norm" if isinstance(self.teacher.norm, nn.Identity) else "norm"
-        head = self.teacher.head
-        weight, bias = self.read(head.weight, head.bias, getattr(self.teacher, place), place)
+        head: Any = self.teacher.head
+        classifies = isinstance(head, nn.Linear)
+        own, shift = (head.weight, head.bias) if classifies else (torch.eye(self.basis.shape[1]), None)
+        weight, bias = self.read(own, shift, getattr(self.teacher, place), place)
         self.student.head.weight.copy_(weight[:, : self.split])
         if self.student.head.bias is not None:
             self.student.head.bias.copy_(bias)
@@ -159,7 +171,7 @@ class _Writer:
         """An MLP; returns the share of the hidden units' contributions that is carried over."""
         inward, bias = self.read(plain.mlp.fc1.weight, plain.mlp.fc1.bias, plain.norm2, f"blocks.{i}.norm2")
         outward, shift = self.write(plain.mlp.fc2.weight, plain.mlp.fc2.bias, plain.ls2)
-        energy, across = seen.same.diagonal().cpu() / 2, seen.across.cpu() / 2
+        energy, across = seen.same.cpu() / 2, seen.across.cpu() / 2
         importance = energy.double() * outward.square().sum(0)
         pairs = pair(likeness(across, energy), importance, block.mlp.fc1.out_rep.regular_copies)
         first, second, alone = pairs.first, pairs.second, pairs.alone[:, None]
