@@ -84,8 +84,14 @@ by one, become equivariant, and a part without an equivariant counterpart is ref
 
 with timm {timm} and torch {torch}. `equiflop train`, `check`, `bench` and `models` take `twin:NAME`, with
 `--set group=octic` and so on; a folder that `timm.models.save_for_hf` made of a twin loads again.
-`twin("convnext_tiny")` and `twin("resmlp_12_224")` are the registered networks. Weights are not carried over; a network
-with weights, or a name with a tag, draws a warning that says so.
+`twin("convnext_tiny")` and `twin("resmlp_12_224")` are the registered networks; of ConvNeXt and ResMLP the sizes in
+[Models](models.md) have a twin. Swin, Hiera, MaxViT, CaiT, ResNets, hybrid ViTs, ConvNeXtV2 and MLP-Mixer have none.
+Weights are not carried over (a network with weights, or a name with a tag, draws a warning that says so):
+[`equiflop distill`](distill.md) trains the twin from them.
+
+Heads of a twin are regular where the group's order divides their number, those of the registered `flop_*` and `octic_*`
+coupled, as published. Both have the same keys and shapes but are different functions: weights of one load into the
+other without an error and give wrong answers. Load weights with the `heads` they were trained with.
 
 **How it is possible.** The residual stream is ordered by irreps. Of a branch only the linear maps into it and out of it
 are replaced: they change to the group's own basis on the way, `|G|` copies of the heads or hidden channels which the

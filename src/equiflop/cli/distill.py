@@ -31,14 +31,22 @@ class DistillCommand(TrainCommand):
 @click.command(name="distill", cls=DistillCommand)
 @click.argument("name", required=False, shell_complete=complete_models)
 @click.option(
-    "--group", shell_complete=complete_groups, help="Symmetry of the student: flop, updown, flips, rot4 or octic."
+    "--group",
+    shell_complete=complete_groups,
+    help="Symmetry of the student: flop, updown, flips, rot4 or octic.  [default: flop]",
 )
-@click.option("--width", type=click.IntRange(1), help="Channels of the student.  [default: the teacher's]")
+@click.option(
+    "--width",
+    type=click.IntRange(1),
+    help="Channels of the student; of ConvNeXt --set dims=[...].  [default: the teacher's]",
+)
 @click.option("--recipe", shell_complete=complete_recipes, help="Start from a recipe's options: its name, or a file.")
 @resume_option
 @amp_option
 @click.option(
-    "--report", is_flag=True, help="Train nothing: print how equivariant the teacher already is, layer by layer."
+    "--report",
+    is_flag=True,
+    help="Train nothing: print how equivariant the teacher already is, layer by layer (groups flop and updown).",
 )
 @click.option("--plot", type=click.Path(), help="With --report: draw it too, as .png, .pdf or .svg (needs matplotlib).")
 @json_option
@@ -64,9 +72,9 @@ def command(
 
     \b
     Examples: equiflop distill deit3_small_patch16_224.fb_in22k_ft_in1k --data photos --epochs 50 --amp
-              equiflop distill --teacher runs/deit3_tiny_patch16_224 --data fashion-mnist-part --out runs/student
-              equiflop distill --teacher runs/deit3_tiny_patch16_224 --data photos --init steer --epochs 20
-              equiflop distill --teacher runs/deit3_tiny_patch16_224 --data photos --report
+              equiflop train deit3_tiny_patch16_224 --recipe demo    (a teacher)
+              equiflop distill --teacher runs/deit3_tiny_patch16_224 --data fashion-mnist-part --init steer
+              equiflop distill --teacher runs/deit3_tiny_patch16_224 --data fashion-mnist-part --report
     """
     from equiflop.distill.config import DistillConfig
 

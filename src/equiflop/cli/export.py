@@ -109,6 +109,8 @@ def _show(made: Exported) -> None:
         report = proof.equivariance
         for a, error in enumerate(report.errors):
             rows.append((f"error under {report.group.element_name(a)}", f"{error:.1e}"))
+        if report.verdict == "inconclusive":
+            rows.append(("moved images", f"inconclusive: {report.problems[0].partition(',')[0]}"))
     for name, speed in (("", proof.speed), ("plain: ", proof.plain)):
         if speed is not None and speed.latency_ms is not None:
             rows.append((f"{name}one image", f"{speed.latency_ms:.1f} ms"))

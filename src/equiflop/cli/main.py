@@ -95,7 +95,7 @@ def _fail(ctx: click.Context, message: str, code: int) -> NoReturn:
 )
 @click.version_option(package_name="equiflop")
 def main() -> None:
-    """Vision networks that give the same answer for an image and its mirror image, at about half the cost.
+    """Vision networks that give the same answer for an image and its mirror image, with half the multiply-adds.
 
     \b
     See it happen:          equiflop demo

@@ -42,7 +42,9 @@ class DistillConfig(TrainConfig):
     teacher: str = setting("", "Folder or file of a run of equiflop: the teacher, in place of timm's weights of NAME.")
     teacher_checkpoint: str = setting("", "File of weights of NAME, .safetensors or .pth: the teacher.")
     init: str = setting(
-        "random", "Student's first weights: random, or steered from the teacher's.", choices=("random", "steer")
+        "random",
+        "Student's first weights: random, or steered from a ViT's (flop, updown).",
+        choices=("random", "steer"),
     )
     init_images: int = setting(256, "Training images that steering, or --report, looks at.", 1)
 

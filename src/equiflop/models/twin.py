@@ -104,7 +104,10 @@ def _warn_of_weights(model: str | nn.Module) -> None:
     else:
         left = "those of the given network" if any(not p.is_meta for p in model.parameters()) else None
     if left is not None:
-        text = f"the twin is untrained: weights of a plain network, such as {left}, have no equivariant image"
+        text = (
+            f"the twin is untrained: weights of a plain network, such as {left}, have no equivariant image; "
+            "'equiflop distill' trains a twin from them"
+        )
         warnings.warn(text, EquiflopWarning, stacklevel=3)
 
 

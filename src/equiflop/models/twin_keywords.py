@@ -31,7 +31,9 @@ def check_class(network: nn.Module, name: str) -> None:
         raise refusal(name, "it is an equivariant network already; give the plain one")
     if type(network) not in TWIN_CLASSES:
         supported = ", ".join(cls.__name__ for cls in TWIN_CLASSES)
-        raise refusal(name, f"its class is {type(network).__name__}; supported are timm's {supported}")
+        kind = type(network).__name__
+        also = "the ConvNeXt and ResMLP of 'equiflop models'"
+        raise refusal(name, f"its class is {kind}; supported are timm's {supported}, and {also}")
 
 
 def own_keywords(network: nn.Module) -> tuple[str, ...]:
