@@ -512,6 +512,7 @@ class TestRefusals:
         (NAME, {"in_chans": 4, "img_size": 96}),
         (NAME, {"global_pool": "avg"}),
         (NAME, {"num_classes": 0}),
+        (NAME, {"num_classes": 0, "global_pool": "avg"}),
         ("convnext_atto", {"num_classes": 3}),
         ("vit_medium_patch16_reg4_gap_256", {"img_size": 64}),
     ],

@@ -103,8 +103,8 @@ class DistillObjective(nn.Module):
     the student's, it is the sum, each term times its weight, of the mean squares of ``r - t`` over the class token,
     the patch tokens and the patch tokens in the middle; of ``T^2 KL(softmax(a / T) || softmax(s / T))``, ``a``
     being the teacher's answers averaged over the views, ``s`` the student's and ``T`` the
-    ``distillation_temperature``, or of the mean square of ``s - a``, or where the answer is an embedding of ``|s -
-    a|^2 / |a|^2``; and of the loss on labels. Source of the terms: Proteus, Zhang et al., arXiv 2407.10366.
+    ``distillation_temperature``, or of the mean square of ``s - a``, or where the answer is an embedding of
+    ``|s - a|^2 / |a|^2``; and of the loss on labels. Source of the terms: Proteus, Zhang et al., arXiv 2407.10366.
 
     Args:
         config: the run.

@@ -304,7 +304,7 @@ def _keywords_of(name: str, weights: Mapping[str, Any]) -> dict[str, Any]:
     head = next((weights[key] for key in keys if key in weights), None)
     if head is not None and len(head) != noted.num_classes:
         found["num_classes"] = len(head)
-    elif head is None and weights.keys() < plain.keys():
+    elif head is None and {key for key in weights if not key.startswith("fc_norm.")} < plain.keys():
         found["num_classes"] = 0
     pixels = weights.get(f"{noted.first_conv}.weight")
     if pixels is not None and pixels.ndim == 4 and pixels.shape[1] != noted.input_size[0]:
