@@ -13,6 +13,9 @@ from torch import nn
 from equiflop.distill.features import has_maps, prefix_tokens
 from equiflop.image_group import ImageGroup
 
+#: Linear maps of a block; their biases take up those of the norms in front of them.
+LINEAR_MAPS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
 
 def check_steerable(teacher: nn.Module, group: ImageGroup, source: str) -> None:
     """See that steering can read a teacher.
@@ -70,7 +73,7 @@ def _unread_part(teacher: Any) -> str | None:
             part = block.get_submodule(name)
             if type(part) is not kind:
                 return f"module {f'blocks.{i}.{name}'.removesuffix('.')} ({type(part).__name__})"
-        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        for name in LINEAR_MAPS:
             if block.get_submodule(name).bias is None:  # the biases of the norms have to go somewhere
                 return f"module blocks.{i}.{name}, which has no bias,"
         if block.attn.gate is not None or any(True for _ in block.mlp.act.parameters()):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from equiflop import nn as enn
-from equiflop.distill.steer.checks import check_steerable, check_tokens
+from equiflop.distill.steer.checks import LINEAR_MAPS, check_steerable, check_tokens
 from equiflop.distill.steer.heads import Heads, alike_heads, filled
 from equiflop.distill.steer.involution import Stream, fit_stream
 from equiflop.distill.steer.observe import observe
@@ -75,7 +75,7 @@ def steer(student: nn.Module, teacher: Any, images: Iterable[Tensor], source: st
             f"global_pool={student.global_pool!r}: init='steer' needs the pooling of {source}, {teacher.global_pool!r}"
         )
     for i, block in enumerate(student.blocks):
-        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        for name in LINEAR_MAPS:
             if block.get_submodule(name).bias is None:
                 raise ValueError(
                     f"blocks.{i}.{name} of the student has no bias: init='steer' needs it for the biases of {source}"
