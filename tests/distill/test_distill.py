@@ -21,8 +21,8 @@ from equiflop.classify.weights import save_weights
 from equiflop.cli.main import main
 from equiflop.data import Preprocessing
 from equiflop.distill import DistillConfig, DistillTrainer, PlainTeacher
+from equiflop.distill.loading import load_teacher
 from equiflop.distill.objective import Reader, Student
-from equiflop.distill.teacher import load_teacher
 from equiflop.grids import named_image_group
 from equiflop.groups import Rep
 from equiflop.models import EquivariantVisionTransformer
@@ -418,6 +418,9 @@ class TestRefusals:
             ([NAME, "--class-weight=0", "--patch-weight=0", "--middle-weight=0", "--logits-weight=0"], ["above 0"]),
             (["vit_small_patch16_224.bogus"], ["vit_small_patch16_224.bogus", "no weights of this tag", "augreg_in1k"]),
             ([NAME, "--init", "guess"], ["init='guess'", "random, steer"]),
+            ([NAME, "--teacher-set", "in_chans=1"], ["in_chans=1", "--channels"]),
+            ([NAME, "--teacher-set", "num_classes=7"], ["num_classes=7", "its embedding teaches"]),
+            ([NAME, "--teacher", "runs/x", "--teacher-set", "img_size=32"], ["exclude each other", "img_size"]),
         ],
     )
     def test_in_one_line(self, arguments: list[str], words: list[str]) -> None:
@@ -533,6 +536,89 @@ def test_a_file_of_weights_teaches(name: str, settings: dict[str, Any], tmp_path
     assert len(preprocessing.mean) == len(preprocessing.std) == channels
     assert found.spec.classes == tuple(map(str, range(settings.get("num_classes", network.num_classes))))
     found.spec.build().load_state_dict(network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "given", "outputs"),
+    [
+        (NAME, {"init_values": 1e-5, "qkv_bias": False}, {"qkv_bias": False}, 192),
+        (NAME, {"num_heads": 6}, {"num_heads": 6}, 192),
+        ("vit_tiny_patch16_224", {"img_size": 64}, {"num_classes": 0, "img_size": 96}, 192),
+        (NAME, {"patch_size": 8, "img_size": 64}, {"patch_size": 8}, 192),
+        ("convnext_atto", {"num_classes": 3}, {"num_classes": 0}, 320),
+        ("vit_base_patch16_clip_224.openai", {"depth": 1}, {"depth": 1}, 512),
+        ("vit_base_patch16_clip_224.openai", {"depth": 1, "num_classes": 7}, {"depth": 1}, 7),
+    ],
+)
+def test_keywords_of_a_teacher(
+    name: str, settings: dict[str, Any], given: dict[str, Any], outputs: int, tmp_path: Path
+) -> None:
+    """What the weights do not show can be said; the image towers of CLIP teach an embedding."""
+    network: Any = timm.create_model(name, **settings)
+    save_file(network.state_dict(), str(tmp_path / "net.safetensors"))
+    file = str(tmp_path / "net.safetensors")
+    found = load_teacher(replace(config_for("", tmp_path), model=name, teacher_checkpoint=file, teacher_kwargs=given))
+    embeds = given.get("num_classes") == 0 or outputs == 512
+    assert found.classifies is not embeds
+    assert found.outputs == (outputs if embeds or outputs == 7 else 1000)
+    if given.get("num_classes") == 0:
+        network.reset_classifier(0)
+    if "img_size" in given:
+        network.set_input_size((given["img_size"],) * 2)
+    size = network.patch_embed.img_size if hasattr(network, "patch_embed") else (224, 224)
+    assert found.spec.preprocessing.input_size == (3, *size)
+    image = torch.randn(1, 3, *size)
+    torch.testing.assert_close(found.model(image), network.eval()(image))
+    found.spec.build().load_state_dict(found.model.state_dict())
+
+
+def test_an_image_tower_teaches_its_embedding(tmp_path: Path) -> None:
+    """timm calls the channels of CLIP's embedding classes; nobody agrees about them."""
+    name = "vit_base_patch16_clip_224.openai"
+    sizes: dict[str, Any] = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8}
+    save_file(timm.create_model(name, **sizes).state_dict(), str(tmp_path / "net.safetensors"))
+    arguments = [
+        name,
+        *(f"--teacher-set={key}={value}" for key, value in sizes.items()),
+        "--data",
+        "fashion-mnist-part",
+    ]
+    arguments += ["--teacher-checkpoint", str(tmp_path / "net.safetensors"), "--img-size=32", "--channels=3"]
+    result = run(*arguments, "--out", str(tmp_path / "out"), "--epochs", "1", "--batch-size", "2000", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "agreement" not in result.stdout
+    student = load_model(tmp_path / "out")
+    assert student.spec.classes == () and student.model(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
+
+
+@pytest.mark.parametrize("given", [{"dept": 2}, {"depth": 0.5}, {"depth": 2}])
+def test_keywords_that_do_not_fit_a_file(given: dict[str, Any], tmp_path: Path) -> None:
+    save_file(timm.create_model(NAME, depth=1).state_dict(), str(tmp_path / "net.safetensors"))
+    config = config_for("", tmp_path, teacher_checkpoint=str(tmp_path / "net.safetensors"), teacher_kwargs=given)
+    with pytest.raises((TypeError, ValueError), match=r"dept|blocks\.1") as caught:
+        load_teacher(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_convnext_teaches_at_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name / "all").mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 40), (40 * number, 100, 7)).save(tmp_path / name / "all" / f"{number}.png")
+    sizes: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]}
+    save_file(timm.create_model("convnext_tiny", **sizes).state_dict(), str(tmp_path / "net.safetensors"))
+    arguments = [
+        "convnext_tiny",
+        *(f"--teacher-set={name}={value}" for name, value in sizes.items()),
+        "--teacher-checkpoint",
+        str(tmp_path / "net.safetensors"),
+        "--data",
+        str(tmp_path),
+    ]
+    arguments += ["--img-size", "64x32", "--out", str(tmp_path / "out"), "--epochs", "1", "--batch-size", "2"]
+    result = run(*arguments, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert load_model(tmp_path / "out").spec.preprocessing.input_size == (3, 64, 32)
 
 
 def test_whether_data_have_the_teachers_classes(teacher: str) -> None:

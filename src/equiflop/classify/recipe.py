@@ -54,8 +54,9 @@ def load_recipe(name: str, kind: type[TrainConfig] | None = None) -> dict[str, A
         kind.check_names(options)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
-    if not isinstance(options.get("model_kwargs") or {}, dict):
-        raise ValueError(f"{origin}: model_kwargs={options['model_kwargs']!r} is not a mapping such as 'depth: 4'")
+    for name in ("model_kwargs", "teacher_kwargs"):
+        if not isinstance(options.get(name) or {}, dict):
+            raise ValueError(f"{origin}: {name}={options[name]!r} is not a mapping such as 'depth: 4'")
     numbers = kind.number_names()
     return {name: _number(value) if name in numbers else value for name, value in options.items()}
 

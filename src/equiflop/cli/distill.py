@@ -103,8 +103,9 @@ def command(
 
 def _report(config: DistillConfig, plot: str | None, as_json: bool) -> None:
     from equiflop.data import open_data
+    from equiflop.distill.loading import load_teacher
     from equiflop.distill.report import draw_report, mirror_report
-    from equiflop.distill.teacher import load_teacher, numerical_device, sample_images
+    from equiflop.distill.teacher import numerical_device, sample_images
     from equiflop.figure_files import check_figure_file
     from equiflop.grids import as_image_group
     from equiflop.runtime.device import pick_device
@@ -115,7 +116,7 @@ def _report(config: DistillConfig, plot: str | None, as_json: bool) -> None:
     asked = config.image_size is not None or config.channels is not None
     own = None if asked else teacher.spec.preprocessing
     data = open_data(config.data, config.image_size, config.channels, own)
-    teacher.take(data.preprocessing)
+    teacher.take(data.preprocessing, config.image_size is not None)
     device = numerical_device(pick_device(config.device))
     images = sample_images(data.train, config, device)
     found = mirror_report(teacher.to(device), images, as_image_group(config.model_kwargs.get("group", "flop")))

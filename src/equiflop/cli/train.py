@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from equiflop.training import EpochRecord
 
 #: Options that are not simply named after a field of the configuration.
-_NAMES = {"image_size": "--img-size", "model_kwargs": "--set"}
+_NAMES = {"image_size": "--img-size", "model_kwargs": "--set", "teacher_kwargs": "--teacher-set"}
 #: What the shell offers for the others.
 _COMPLETE = {
     "data": complete_data,
@@ -60,13 +60,13 @@ class TrainCommand(click.Command):
 
 def _option(name: str, default: Any, text: str, place: str) -> click.Option:
     flag = _NAMES.get(name, "--" + name.replace("_", "-"))
-    if name == "model_kwargs":
+    if isinstance(default, dict):
         return click.Option([flag, name], type=KeyValue(), multiple=True, help=f"{text} KEY=VALUE; repeatable.")
     if name == "image_size":
         return click.Option([flag, name], type=ImageSize(), help=text)
     if isinstance(default, bool):
         return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=text)
-    shown = name == "out" or (default not in ("", None, MISSING) and not isinstance(default, dict))
+    shown = name == "out" or default not in ("", None, MISSING)
     note = f"  [default: {place if name == 'out' else default}]" if shown else ""
     kind = int if name == "channels" else str if default is MISSING else type(default)
     return click.Option([flag, name], type=kind, help=text + note, shell_complete=_COMPLETE.get(name))
@@ -161,14 +161,15 @@ def options_of(
     from equiflop.data.names import BUILT_IN
 
     options: dict[str, Any] = load_recipe(recipe, kind) if recipe else {}
-    keywords = dict(given.pop("model_kwargs") or ())
+    keywords = {name: dict(given.pop(name, None) or ()) for name in ("model_kwargs", "teacher_kwargs")}
     given = {name: value for name, value in given.items() if value is not None}
     if amp and given.setdefault("precision", "bfloat16") != "bfloat16":
         raise click.UsageError(f"--amp is --precision bfloat16, and --precision is {given['precision']}; give one")
     options |= given
     options["model"] = model or options.get("model")
-    if keywords:
-        options["model_kwargs"] = {**dict(options.get("model_kwargs") or {}), **keywords}
+    for name, values in keywords.items():
+        if values:
+            options[name] = {**dict(options.get(name) or {}), **values}
     if options["model"] is None:
         raise click.UsageError("give MODEL, or --recipe NAME with one")
     if "data" not in options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,12 +20,13 @@ _OTHERWISE = {
 #: What the help says otherwise than that of ordinary training.
 _TEXTS = {
     "model_kwargs": "Keywords of the student, such as depth=6.",
-    "image_size": "Height and width of the input, which must be the teacher's.  [default: the teacher's]",
+    "image_size": "Height and width of the input, which must be the teacher's, except of a ConvNeXt.  "
+    "[default: the teacher's]",
     "channels": "1 (grey) or 3 (colour), as the teacher takes.  [default: the teacher's]",
     "distillation_temperature": "Softens the probabilities of both networks (--logits-loss kl).",
     "loss": "On labels, where they are used: cross-entropy, or binary cross-entropy of every class. One of ce, bce.",
 }
-_FIRST = ("model", "teacher", "teacher_checkpoint", "data", "out", "init", "init_images")
+_FIRST = ("model", "teacher", "teacher_checkpoint", "teacher_kwargs", "data", "out", "init", "init_images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,9 @@ class DistillConfig(TrainConfig):
 
     teacher: str = setting("", "Folder or file of a run of equiflop: the teacher, in place of timm's weights of NAME.")
     teacher_checkpoint: str = setting("", "File of weights of NAME, .safetensors or .pth: the teacher.")
+    teacher_kwargs: dict[str, Any] = setting(
+        {}, "Keywords of the teacher, such as img_size=384; num_classes=0: its embedding teaches."
+    )
     init: str = setting(
         "random",
         "Student's first weights: random, or steered from a ViT's (flop, updown).",
@@ -66,6 +71,7 @@ class DistillConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "teacher_kwargs", json.loads(json.dumps(self.teacher_kwargs)))
         defaults = TrainConfig.describe()
         for name, instead in _OTHERWISE.items():
             if getattr(self, name) != defaults[name][0]:
@@ -73,6 +79,11 @@ class DistillConfig(TrainConfig):
         if self.teacher and self.teacher_checkpoint:
             raise ValueError(
                 f"teacher={self.teacher!r} and teacher_checkpoint={self.teacher_checkpoint!r} exclude each other"
+            )
+        if self.teacher and self.teacher_kwargs:
+            raise ValueError(
+                f"teacher_kwargs={self.teacher_kwargs!r} and teacher={self.teacher!r} exclude each other: a run has "
+                "keywords of its own"
             )
         terms = ("class_weight", "patch_weight", "middle_weight", "logits_weight", "label_weight")
         if not any(getattr(self, name) for name in terms):

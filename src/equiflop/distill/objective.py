@@ -176,7 +176,7 @@ class DistillObjective(nn.Module):
         return {name: getattr(self.config, name.replace("error", "weight")) for name in terms}
 
     def _error_of_answers(self, logits: Tensor, answers: Tensor) -> Tensor:
-        if not self.teacher.model.num_classes:
+        if not self.teacher.classifies:
             error, size = (part.float().square().sum(dim=1) for part in (logits - answers, answers))
             return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean()
         if self.config.logits_loss == "mse":
@@ -187,6 +187,6 @@ class DistillObjective(nn.Module):
 
     def agreement(self, found: Features, wanted: Features) -> dict[str, Tensor]:
         """Whether student and teacher, averaged over the views, give an image the same class; empty without classes."""
-        if not self.teacher.model.num_classes:
+        if not self.teacher.classifies:
             return {}
         return {"agreement": found.logits.detach().argmax(dim=1) == wanted.logits.argmax(dim=1)}

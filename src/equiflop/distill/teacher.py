@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models import load_state_dict
 from timm.models.convnext import ConvNeXt
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
-from equiflop.classify.model_spec import ModelSpec, check_model_name, create_model, preprocessing_of
+from equiflop.classify.model_spec import ModelSpec
 from equiflop.classify.objective import renormalising
-from equiflop.classify.prediction import Classifier, published_classes
-from equiflop.classify.weights import load_model
+from equiflop.classify.prediction import Classifier
 from equiflop.data import Preprocessing, Split
 from equiflop.data.randomness import epoch_order
 from equiflop.distill.config import DistillConfig
@@ -112,8 +107,13 @@ class PlainTeacher(nn.Module):
         return class_tokens(self.model)
 
     @property
+    def classifies(self) -> bool:
+        """Whether its answers are logits of classes, not an embedding."""
+        return bool(self.spec.classes)
+
+    @property
     def outputs(self) -> int:
-        """How many numbers it answers with: classes, or channels of the embedding where it has no classifier."""
+        """How many numbers it answers with: classes, or channels of the embedding where it does not classify."""
         return int(self.model.num_classes or self.model.head_hidden_size)
 
     def knows(self, classes: tuple[str, ...]) -> bool:
@@ -134,14 +134,20 @@ class PlainTeacher(nn.Module):
             found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return found.hexdigest()
 
-    def take(self, preprocessing: Preprocessing) -> None:
+    def take(self, preprocessing: Preprocessing, size_asked: bool = False) -> None:
         """Look at images of this preprocessing from now on.
+
+        Args:
+            preprocessing: of the images.
+            size_asked: whether the user wants this size, which a ConvNeXt then takes.
 
         Raises:
             ValueError: if their size or their number of channels is another than its own.
         """
         own = self.spec.preprocessing
-        if own.input_size != preprocessing.input_size:
+        free = size_asked and isinstance(self.model, (ConvNeXt, IsotropicConvNeXt))
+        compared = slice(0, 1 if free else None)
+        if own.input_size[compared] != preprocessing.input_size[compared]:
             theirs, ours = ("x".join(map(str, p.input_size)) for p in (own, preprocessing))
             raise ValueError(
                 f"{self.source} takes images of {theirs} (channels, height, width), the data gives {ours}; say "
@@ -211,124 +217,3 @@ def _normed(tokens: Tensor) -> Tensor:
 
 def _full(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
-
-
-def load_teacher(config: DistillConfig) -> PlainTeacher:
-    """The teacher of a configuration.
-
-    Raises:
-        ValueError: if there is none, its weights do not fit, or it cannot be one.
-        OSError: if its weights cannot be read or downloaded.
-    """
-    if config.teacher:
-        trained = load_model(config.teacher)
-        if trained.spec.name != config.model:
-            raise ValueError(
-                f"teacher={config.teacher!r} is a run of {trained.spec.name}, not of {config.model}; leave out NAME"
-            )
-        return PlainTeacher(trained.spec, trained.model, f"teacher={config.teacher!r}")
-    if config.model.startswith(TWIN):
-        raise ValueError(f"{config.model} is equivariant already; the teacher must be a plain network of timm")
-    if config.teacher_checkpoint:
-        check_model_name(config.model)
-        model, keywords = _from_file(config.model, config.teacher_checkpoint)
-        source = f"teacher_checkpoint={config.teacher_checkpoint!r}"
-        classes = tuple(map(str, range(model.num_classes)))
-    else:
-        model, keywords = _pretrained(config.model), {}
-        source = f"model={config.model!r}"
-        classes = published_classes(model)
-    spec = ModelSpec(config.model, keywords, classes, preprocessing_of(model))
-    return PlainTeacher(spec, model, source, names_classes=False)
-
-
-def _pretrained(name: str) -> nn.Module:
-    from equiflop.models import equivariant_models
-
-    if name.split(".")[0] in equivariant_models():
-        raise ValueError(f"model={name!r} is equivariant already; the teacher must be a plain network of timm")
-    check_model_name(name)
-    try:
-        config = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
-        raise ValueError(
-            f"model={name!r}: timm knows no weights of this tag; of this network it has {known}"
-        ) from error
-    if config is None or not config.has_weights:
-        raise ValueError(
-            f"model={name!r}: timm has no weights of it, so it cannot teach; give --teacher-checkpoint FILE or "
-            "--teacher RUN"
-        )
-    try:
-        return create_model(name, {}, pretrained=True)
-    except (OSError, RuntimeError) as error:  # whatever lies between here and the weights
-        raise ValueError(
-            f"model={name!r}: its weights cannot be had ({error}); give --teacher-checkpoint FILE or --teacher RUN"
-        ) from error
-
-
-def _from_file(name: str, file: str) -> tuple[Any, dict[str, Any]]:
-    """A network with the weights of a file, adapted as timm adapts published ones, without running code in the file.
-
-    Returns:
-        the network, and timm's keywords for what the file shows to be otherwise than by default.
-    """
-    source = f"teacher_checkpoint={file!r}"
-    if not Path(file).is_file():
-        raise ValueError(f"{source}: no such file")
-    try:
-        keywords = _keywords_of(name, load_state_dict(file))
-        noted = {key: keywords[key] for key in ("num_classes",) if key in keywords}
-        overlay = {"file": file, "custom_load": False, **noted}
-        if "in_chans" in keywords or "img_size" in keywords:
-            overlay |= _input_of(name, keywords)
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **keywords)
-    except Exception as error:  # a damaged file makes the readers raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{source}: holds no weights of {name} ({reason:.300})") from error
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-        raise ValueError(f"{source}: holds NaN or infinite numbers")
-    return model, keywords
-
-
-def _keywords_of(name: str, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """What weights show of their network: classes, colours, image size (a square one), pooling."""
-    noted: Any = timm.get_pretrained_cfg(name)
-    if noted is None:
-        return {}
-    plain = timm.create_model(name).state_dict()
-    found: dict[str, Any] = {}
-    heads = noted.classifier if isinstance(noted.classifier, tuple) else (noted.classifier,)
-    keys = [f"{head}.weight" for head in (*heads, "head") if head]
-    head = next((weights[key] for key in keys if key in weights), None)
-    if head is not None and len(head) != noted.num_classes:
-        found["num_classes"] = len(head)
-    elif head is None and {key for key in weights if not key.startswith("fc_norm.")} < plain.keys():
-        found["num_classes"] = 0
-    pixels = weights.get(f"{noted.first_conv}.weight")
-    if pixels is not None and pixels.ndim == 4 and pixels.shape[1] != noted.input_size[0]:
-        found["in_chans"] = int(pixels.shape[1])
-    if "fc_norm.weight" in weights and "norm.weight" in plain and "norm.weight" not in weights:
-        found["global_pool"] = "avg"
-    places, usual = (state.get("pos_embed") for state in (weights, plain))
-    if places is not None and usual is not None and pixels is not None and places.shape[1] != usual.shape[1]:
-        height, width = (size // patch for size, patch in zip(noted.input_size[1:], pixels.shape[2:], strict=True))
-        patches = places.shape[1] - (usual.shape[1] - height * width)
-        side = math.isqrt(max(patches, 0))
-        if side**2 != patches:
-            raise ValueError(f"its position embedding has {places.shape[1]} places, which make no square")
-        found["img_size"] = [side * patch for patch in pixels.shape[2:]]
-    return found
-
-
-def _input_of(name: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm notes of the input, for other colours or another size."""
-    noted: Any = timm.get_pretrained_cfg(name)
-    colours = keywords.get("in_chans", noted.input_size[0])
-    size = keywords.get("img_size", noted.input_size[1:])
-    found: dict[str, Any] = {"input_size": (colours, *size)}
-    if colours != noted.input_size[0]:
-        mean, std = ((sum(values) / len(values),) * colours for values in (noted.mean, noted.std))
-        found |= {"mean": mean, "std": std, "first_conv": None}  # the weights are not to be adapted
-    return found

@@ -16,9 +16,10 @@ from equiflop.classify.weights import bare_weights
 from equiflop.data import ImageData, Preprocessing
 from equiflop.distill.config import DistillConfig
 from equiflop.distill.features import Features
+from equiflop.distill.loading import load_teacher
 from equiflop.distill.objective import DistillObjective, Student
 from equiflop.distill.steer import Steering, check_steerable, check_tokens, steer
-from equiflop.distill.teacher import load_teacher, numerical_device, sample_images
+from equiflop.distill.teacher import numerical_device, sample_images
 from equiflop.grids import as_image_group
 from equiflop.models.entry_points import TWIN
 from equiflop.runtime.processes import Processes
@@ -68,7 +69,7 @@ class DistillTrainer(ClassifierTrainer):
         return None if asked else self.teacher.spec.preprocessing
 
     def _describe(self, config: Any) -> ModelSpec:
-        self.teacher.take(self.data.preprocessing)
+        self.teacher.take(self.data.preprocessing, config.image_size is not None)
         teacher, data = self.teacher.spec, self.data
         self.knows_labels = self.teacher.knows(data.classes)
         if config.label_weight and not self.knows_labels:

@@ -17,7 +17,8 @@ from equiflop.classify.weights import TrainedModel
 
 #: Settings of a training that the card leaves out: they name a place, or do not change the result.
 _UNTOLD = {
-    *("model", "model_kwargs", "data", "out", "start_from", "teacher", "teacher_checkpoint", "image_size", "channels"),
+    *("model", "model_kwargs", "data", "out", "start_from", "image_size", "channels"),
+    *("teacher", "teacher_checkpoint", "teacher_kwargs"),
     *("device", "workers", "keep_checkpoints", "save_minutes", "tensorboard", "fsdp", "compile"),
 }
 
