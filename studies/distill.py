@@ -23,6 +23,8 @@ from equiflop.classify import ClassifierTrainer, MirrorAveraged, TrainConfig, lo
 from equiflop.classify.weights import save_weights
 from equiflop.data import ImageData
 from equiflop.distill import DistillConfig, DistillTrainer, PlainTeacher, mirror_report
+from equiflop.distill.steer import steer
+from equiflop.distill.teacher import sample_images
 from equiflop.grids import named_image_group
 from equiflop.runtime.machine import describe_machine
 from job_queue import Results, options_of, run_all, run_one
@@ -75,13 +77,24 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         **_measured(run, trained.model, data),
         "before": before,
-        "carried_over": steering and {"stream": steering.stream.kept, "heads": steering.heads, "units": steering.units},
+        "projected": _measured(run, _projected(trainer), data) if run.kind == "steer" else {},
+        "carried_over": steering
+        and {name: getattr(steering, name) for name in ("heads", "units", "errors")} | {"stream": steering.stream.kept},
         "train_loss": trainer.history[-1].train_loss,
         "train_seconds": sum(record.seconds for record in trainer.history),
         "epochs": [record.to_dict() for record in trainer.history],
         "config": config.to_dict() | {"out": run.name, "teacher": run.teacher.name if run.kind in STARTS else ""},
         "machine": describe_machine(torch.device("cpu")) | {"command": "python studies/distill.py run"},
     }
+
+
+def _projected(trainer: Any) -> Any:
+    """The student with weights that are projected from its teacher's, but not fitted."""
+    student = trainer.spec.build()
+    teacher = trainer.teacher.cpu()
+    images = sample_images(trainer.data.train, trainer.config, torch.device("cpu"))
+    steer(student, teacher.model, map(teacher.normalised, images), fit=False)
+    return student
 
 
 def _measured(run: Run, model: Any, data: ImageData) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def report(records: list[dict[str, Any]]) -> None:
     )
     put_table(HERE / "README.md", "teachers", _teachers(teachers))
     put_table(HERE / "README.md", "students", _students({run: students[run] for run in ordered}, teachers))
+    put_table(HERE / "README.md", "before", _before({run: students[run] for run in ordered if run.kind == "steer"}))
     put_table(HERE / "README.md", "layers", _layers(teachers))
     _draw(students, teachers)
 
@@ -76,6 +77,23 @@ def _students(groups: dict[Run, list[dict[str, Any]]], teachers: dict[str, dict[
             f"{sum(record['train_seconds'] for record in records) / len(records) / 60:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _before(groups: dict[Run, list[dict[str, Any]]]) -> str:
+    """What steering gives by itself; students of several budgets begin alike."""
+    lines = [
+        "| width | heads | weights | seeds | accuracy % | agreement % |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    starts: dict[tuple[str, bool], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for run, records in groups.items():
+        starts[run.width, run.note == "coupled-heads"] |= {record["seed"]: record for record in records}
+    for (width, coupled), by_seed in sorted(starts.items(), key=lambda item: (item[0][0] != "1", not item[0][1])):
+        for words, part, prefix in (("projected", "projected", ""), ("projected, fitted", "before", "test_")):
+            shares = [[100 * r[part][prefix + key] for r in by_seed.values()] for key in ("accuracy", "agreement")]
+            cells = [width, "coupled" if coupled else "regular", words, str(len(by_seed)), *map(spread, shares)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -144,6 +144,8 @@ def is_of(record: dict[str, Any], run: Run) -> bool:
     """Whether a line of the results is of this run, with today's recipe."""
     if record["run"] != run.name:
         return False
+    if run.kind == "steer" and not record.get("projected"):
+        return False
     config = record["config"]
     wanted = {**RECIPE, "epochs": run.epochs, "seed": run.seed, **run.changes}
     keywords = wanted.pop("model_kwargs", {})

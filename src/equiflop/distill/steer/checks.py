@@ -12,6 +12,7 @@ from torch import nn
 
 from equiflop.distill.features import has_maps, prefix_tokens
 from equiflop.image_group import ImageGroup
+from equiflop.models.equivariant_vit import EquivariantVisionTransformer
 
 #: Linear maps of a block; their biases take up those of the norms in front of them.
 LINEAR_MAPS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -33,6 +34,34 @@ def check_steerable(teacher: nn.Module, group: ImageGroup, source: str) -> None:
     problem = _unread_part(teacher)
     if problem is not None:
         raise ValueError(f"init='steer' cannot read {problem} of {source}; {instead}")
+
+
+def check_student(student: nn.Module, teacher: Any, source: str) -> None:
+    """See that steering can read a teacher and write a student of it.
+
+    Raises:
+        ValueError: if not; it says what would do.
+    """
+    if not isinstance(student, EquivariantVisionTransformer) or student.design != "equivariant":
+        raise ValueError(f"init='steer' writes twins of timm's VisionTransformer, not a {type(student).__name__}")
+    check_steerable(teacher, student.group, source)
+    check_tokens(student, teacher, source)
+    if len(student.blocks) != len(teacher.blocks):
+        raise ValueError(
+            f"depth={len(student.blocks)}: init='steer' needs as many blocks as {source} has, {len(teacher.blocks)}"
+        )
+    if student.global_pool != teacher.global_pool:
+        raise ValueError(
+            f"global_pool={student.global_pool!r}: init='steer' needs the pooling of {source}, {teacher.global_pool!r}"
+        )
+    for i, block in enumerate(student.blocks):
+        for name in LINEAR_MAPS:
+            if block.get_submodule(name).bias is None:
+                raise ValueError(
+                    f"blocks.{i}.{name} of the student has no bias: init='steer' needs it for the biases of {source}"
+                )
+    if student.kind_of_invariants not in (None, "trivial"):
+        raise ValueError(f"invariants={student.kind_of_invariants!r}: init='steer' writes heads on 'trivial' ones")
 
 
 def check_tokens(student: Any, teacher: Any, source: str) -> None:

@@ -93,7 +93,7 @@ def readers(model: Any) -> dict[str, nn.Module]:
 
 
 _NORMS = ("norm1", "norm2")
-_AT_ONCE = 8  # images: what all places of a ViT-B see of them fills 0.8 GB
+AT_ONCE = 8  # images: what all places of a ViT-B see of them fills 0.8 GB
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -127,7 +127,7 @@ def observe(model: Any, images: Iterable[Tensor], group: ImageGroup) -> Observat
     for block, heads, units in zip(model.blocks, found.heads, found.units, strict=True):
         watched += [(block.attn.proj, heads), (block.mlp.fc2, units)]
     places = token_places(model, group, device)
-    for batch in (part for given in images for part in given.split(_AT_ONCE)):
+    for batch in (part for given in images for part in given.split(AT_ONCE)):
         here = _inputs(model, batch, [module for module, _ in watched])
         there = _inputs(model, group.act_on_image(1, batch), [module for module, _ in watched])
         for (_, moments), x, y in zip(watched, here, there, strict=True):

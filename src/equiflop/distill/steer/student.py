@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from equiflop import nn as enn
-from equiflop.distill.steer.checks import LINEAR_MAPS, check_steerable, check_tokens
+from equiflop.distill.steer.checks import check_student
+from equiflop.distill.steer.fit import fit_blocks
 from equiflop.distill.steer.heads import Heads, alike_heads, filled
 from equiflop.distill.steer.involution import Stream, fit_stream
-from equiflop.distill.steer.observe import observe
+from equiflop.distill.steer.observe import AT_ONCE, observe
 from equiflop.distill.steer.pairing import likeness, pair
 from equiflop.grids import grid_decomposition
-from equiflop.models.equivariant_vit import EquivariantVisionTransformer
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,26 @@ class Steering:
         stream: how the student's residual stream holds the teacher's.
         heads: by block, share of the energy that heads add to the stream of those that have room.
         units: the same of hidden units.
+        errors: by block, how far the student's stream behind it is from the teacher's averaged over the views, as a
+            share of its energy on the images that were looked at; empty where nothing was fitted.
     """
 
     stream: Stream
     heads: tuple[float, ...]
     units: tuple[float, ...]
+    errors: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         parts = (("stream", self.stream.kept.values()), ("heads", self.heads), ("hidden units", self.units))
         shares = ", ".join(f"{name} {100 * min(found):.1f} to {100 * max(found):.1f} %" for name, found in parts)
-        return f"steered; carried over of the teacher's {shares}"
+        off = f"; its stream is off by {100 * max(self.errors):.2g} % of the energy at most" if self.errors else ""
+        return f"steered; carried over of the teacher's {shares}{off}"
 
 
 @torch.no_grad()
-def steer(student: nn.Module, teacher: Any, images: Iterable[Tensor], source: str = "the teacher") -> Steering:
+def steer(
+    student: Any, teacher: Any, images: Iterable[Tensor], source: str = "the teacher", fit: bool = True
+) -> Steering:
     """Give a student weights projected from its teacher's.
 
     The residual stream is turned into one in which the mirror image changes signs (:func:`fit_stream`). Affine norms
@@ -55,6 +61,7 @@ def steer(student: nn.Module, teacher: Any, images: Iterable[Tensor], source: st
         teacher: a network of timm's class ``VisionTransformer``.
         images: batches as the teacher takes them.
         source: what the teacher is called in messages.
+        fit: whether what blocks add is fitted to the teacher's afterwards (:func:`fit_blocks`), or projected alone.
 
     Returns:
         what was carried over.
@@ -62,27 +69,9 @@ def steer(student: nn.Module, teacher: Any, images: Iterable[Tensor], source: st
     Raises:
         ValueError: if teacher or student are of a kind that this cannot read or write.
     """
-    if not isinstance(student, EquivariantVisionTransformer) or student.design != "equivariant":
-        raise ValueError(f"init='steer' writes twins of timm's VisionTransformer, not a {type(student).__name__}")
-    check_steerable(teacher, student.group, source)
-    check_tokens(student, teacher, source)
-    if len(student.blocks) != len(teacher.blocks):
-        raise ValueError(
-            f"depth={len(student.blocks)}: init='steer' needs as many blocks as {source} has, {len(teacher.blocks)}"
-        )
-    if student.global_pool != teacher.global_pool:
-        raise ValueError(
-            f"global_pool={student.global_pool!r}: init='steer' needs the pooling of {source}, {teacher.global_pool!r}"
-        )
-    for i, block in enumerate(student.blocks):
-        for name in LINEAR_MAPS:
-            if block.get_submodule(name).bias is None:
-                raise ValueError(
-                    f"blocks.{i}.{name} of the student has no bias: init='steer' needs it for the biases of {source}"
-                )
-    if student.kind_of_invariants not in (None, "trivial"):
-        raise ValueError(f"invariants={student.kind_of_invariants!r}: init='steer' writes heads on 'trivial' ones")
-    seen = observe(teacher, images, student.group)
+    check_student(student, teacher, source)
+    batches = [part for batch in images for part in batch.split(AT_ONCE)]
+    seen = observe(teacher, batches, student.group)
     stream = fit_stream(seen.stream, *student.rep.multiplicities)
     writer = _Writer(student, teacher, stream)
     writer.embedding()
@@ -91,7 +80,8 @@ def steer(student: nn.Module, teacher: Any, images: Iterable[Tensor], source: st
         heads.append(writer.attention(block, plain, i, seen.heads[i]))
         units.append(writer.mlp(block, plain, i, seen.units[i]))
     writer.head()
-    return Steering(stream, tuple(heads), tuple(units))
+    errors = fit_blocks(student, teacher, stream, batches) if fit else ()
+    return Steering(stream, tuple(heads), tuple(units), errors)
 
 
 class _Writer:
