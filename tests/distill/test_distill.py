@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,31 @@ class TestSteered:
         found = trainer.measurement.of(trainer.learner.networks)
         assert found["test_agreement"] == 1.0 and found["test_error"] < 0.5
 
+    def test_without_training(self, teacher: str, tmp_path: Path) -> None:
+        """The steered student as it is, measured and written; what an earlier run left is not mixed with it."""
+        arguments = ["--teacher", teacher, "--data", "fashion-mnist-part", "--out", str(tmp_path / "out")]
+        arguments += ["--init", "steer", "--device", "cpu", "--init-images", "64"]
+        result = run(*arguments, "--epochs", "0")
+        assert result.exit_code == 0, result.output
+        assert "agreement" in result.stdout and "best" not in result.stdout
+        first = load_model(tmp_path / "out")
+        assert equiflop.check(first.model, input_size=(28, 28), randomize=False).passed
+        assert CliRunner().invoke(main, ["publish", str(tmp_path / "out"), "-o", str(tmp_path / "net")]).exit_code == 0
+        plotted = CliRunner().invoke(main, ["plot", str(tmp_path / "out"), "--output", str(tmp_path / "runs.png")])
+        assert plotted.exit_code == 2 and len(plotted.stderr.splitlines()) == 1
+
+        trained = run(*arguments, "--epochs", "1", "--batch-size", "4000")
+        assert trained.exit_code == 0, trained.output
+        refused = run(*arguments, "--epochs", "0")
+        assert refused.exit_code == 2 and "epochs=1 there, epochs=0 here" in refused.stderr
+        again = run(*arguments, "--epochs", "0", "--resume", "never", "--json")
+        assert again.exit_code == 0, again.output
+        assert 0 < json.loads(again.stdout[again.stdout.index("{") :])["test_agreement"] <= 1
+        assert not (tmp_path / "out" / "log.csv").exists()
+        found = load_model(tmp_path / "out").model.state_dict()
+        for name, value in first.model.state_dict().items():
+            assert torch.equal(found[name], value), name
+
     def test_resumes_exactly(self, teacher: str, tmp_path: Path) -> None:
         outcomes = []
         for stop in (True, False):
@@ -417,6 +443,7 @@ class TestRefusals:
             ([], ["NAME", "--teacher"]),
             ([NAME, "--class-weight=0", "--patch-weight=0", "--middle-weight=0", "--logits-weight=0"], ["above 0"]),
             (["vit_small_patch16_224.bogus"], ["vit_small_patch16_224.bogus", "no weights of this tag", "augreg_in1k"]),
+            ([NAME, "--epochs", "0"], ["epochs=0 trains nothing", "steer"]),
             ([NAME, "--init", "guess"], ["init='guess'", "random, steer"]),
             ([NAME, "--teacher-set", "in_chans=1"], ["in_chans=1", "--channels"]),
             ([NAME, "--teacher-set", "num_classes=7"], ["num_classes=7", "its embedding teaches"]),

@@ -134,8 +134,9 @@ def carry_out(trainer: ClassifierTrainer, resume: str, as_json: bool) -> None:
             click.echo(f"equiflop: {stopped}; run the same command again to go on", err=True)
         leave(128 + stopped.signal_number)
         raise SystemExit(128 + stopped.signal_number) from stopped
+    metrics = history[-1].metrics if history else trainer.measure()
     if trainer.processes.first:
-        _conclude(trainer, history, as_json)
+        _conclude(trainer, history, metrics, as_json)
     leave()
 
 
@@ -195,21 +196,30 @@ def _introduce(trainer: ClassifierTrainer, start: Path | None) -> None:
     where = f"{trainer.device}" + (f" in {count} processes" if count > 1 else "")
     say(f"{trainer.spec.name}: {parameters / 1e6:.2f} M parameters, input {size}, on {where}")
     say(f"{data.name} from {data.origin}: {len(data.train):,} images to train on, {len(data.test):,} to test on")
-    if trainer.finished:
+    if trainer.finished and start is not None:
         say(f"{start}: all epochs are done; give another --out, or --resume never to start anew")
     elif start is not None:
         say(f"going on from {start} (epoch {trainer.epoch + 1}, {trainer.step} steps done)")
 
 
-def _conclude(trainer: ClassifierTrainer, history: list[EpochRecord], as_json: bool) -> None:
-    last = history[-1]
+def _conclude(trainer: ClassifierTrainer, history: list[EpochRecord], metrics: dict[str, float], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"weights": str(trainer.folder.weights), **last.to_dict()}, indent=2))
+        last = history[-1].to_dict() if history else metrics
+        click.echo(json.dumps({"weights": str(trainer.folder.weights), **last}, indent=2))
         return
+    for line in trainer.results(metrics):
+        click.echo(line)
+    if history:
+        _tell_of_training(trainer, history)
+    else:
+        click.echo(f"weights in {trainer.folder.weights}")
+    if "test_accuracy" in metrics:
+        click.echo(f"next: equiflop eval {shlex.quote(str(trainer.out))}")
+
+
+def _tell_of_training(trainer: ClassifierTrainer, history: list[EpochRecord]) -> None:
     best = max(history, key=trainer.measurement.score)
     seconds = sum(record.seconds for record in history)
-    for line in trainer.results(last.metrics):
-        click.echo(line)
     score = abs(trainer.measurement.score(best))
     shown = f"{100 * score:.2f} %" if trainer.best == "accuracy" else f"{trainer.best.lstrip('-')} {score:.4f}"
     click.echo(f"best {shown} after epoch {best.epoch}, in {trainer.folder.best}")
@@ -217,5 +227,3 @@ def _conclude(trainer: ClassifierTrainer, history: list[EpochRecord], as_json: b
     if any(record.unreadable for record in history):
         click.echo(f"images that could not be read are listed in {trainer.folder.unreadable}")
     click.echo(f"weights in {trainer.folder.weights}, log in {trainer.out / 'log.csv'}")
-    if "test_accuracy" in last.metrics:
-        click.echo(f"next: equiflop eval {shlex.quote(str(trainer.out))}")

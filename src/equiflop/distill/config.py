@@ -41,6 +41,7 @@ class DistillConfig(TrainConfig):
         TypeError: if a value is of the wrong type.
     """
 
+    epochs: int = setting(10, "Passes over the training images; 0 with --init steer: the steered student as it is.", 0)
     teacher: str = setting("", "Folder or file of a run of equiflop: the teacher, in place of timm's weights of NAME.")
     teacher_checkpoint: str = setting("", "File of weights of NAME, .safetensors or .pth: the teacher.")
     teacher_kwargs: dict[str, Any] = setting(
@@ -70,6 +71,8 @@ class DistillConfig(TrainConfig):
     hidden: ClassVar[tuple[str, ...]] = tuple(_OTHERWISE)
 
     def __post_init__(self) -> None:
+        if self.epochs == 0:
+            object.__setattr__(self, "warmup_epochs", 0.0)
         super().__post_init__()
         object.__setattr__(self, "teacher_kwargs", json.loads(json.dumps(self.teacher_kwargs)))
         defaults = TrainConfig.describe()
@@ -79,6 +82,10 @@ class DistillConfig(TrainConfig):
         if self.teacher and self.teacher_checkpoint:
             raise ValueError(
                 f"teacher={self.teacher!r} and teacher_checkpoint={self.teacher_checkpoint!r} exclude each other"
+            )
+        if self.epochs == 0 and self.init != "steer":
+            raise ValueError(
+                f"epochs=0 trains nothing, and init={self.init!r} gives no weights worth keeping; say steer"
             )
         if self.teacher and self.teacher_kwargs:
             raise ValueError(

@@ -183,6 +183,7 @@ class DistillTrainer(ClassifierTrainer):
     def write_weights(self) -> Path:
         """Write the student's final weights as ``model.safetensors``, without what read its features."""
         with self.session():
+            self.folder.step_succeeded()
             weights = bare_weights(self.learner.final_weights(), self.config)
             self.folder.write_weights(cast(dict[str, Tensor], weights), self.about)
         return self.folder.weights

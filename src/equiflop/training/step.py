@@ -76,7 +76,7 @@ class Learner:
             self.optimizer,
             sched="cosine" if config.schedule == "cosine" else "step",
             decay_epochs=config.epochs + 1,  # of "step", which thus stays where it is
-            num_epochs=config.epochs,
+            num_epochs=max(config.epochs, 1),
             warmup_epochs=config.warmup_epochs,
             warmup_lr=config.warmup_lr,
             min_lr=config.min_lr,

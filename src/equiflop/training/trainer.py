@@ -243,7 +243,7 @@ class Trainer:
             )
         try:
             self.learner.same_buffers()
-            measured = self.processes.broadcast(self.measurement.of(self.learner.networks))
+            measured = self.measure()
         except (TypeError, ValueError) as error:  # what was trained is not lost with a mistake in measuring
             note = f"that was in measuring, the state after training is saved in {self.save()}"
             raise ValueError(f"{error}; {note}") from error
@@ -251,6 +251,15 @@ class Trainer:
         self.history.append(record)
         self.epoch, self.step, self._running = self.epoch + 1, 0, Sums()
         return record
+
+    def measure(self) -> dict[str, float]:
+        """What is measured of the network as it is, ``test_`` before the names; of averaged weights too, ``ema_``.
+
+        Raises:
+            TypeError: if what is given is no number.
+            ValueError: if the number that tells the best epoch is not among them, or the measurement fails.
+        """
+        return self.processes.broadcast(self.measurement.of(self.learner.networks))
 
     def summary(self, record: EpochRecord) -> str:
         """One line for people."""
@@ -280,6 +289,7 @@ class Trainer:
     def write_weights(self) -> Path:
         """Write the final weights as ``model.safetensors``, those averaged where there are any."""
         with self.session():
+            self.folder.step_succeeded()
             self.folder.write_weights(self.learner.final_weights(), self.about)
         return self.folder.weights
 
