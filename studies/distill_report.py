@@ -88,7 +88,7 @@ def _before(groups: dict[Run, list[dict[str, Any]]]) -> str:
     ]
     starts: dict[tuple[str, bool], dict[int, dict[str, Any]]] = defaultdict(dict)
     for run, records in groups.items():
-        starts[run.width, run.note == "coupled-heads"] |= {record["seed"]: record for record in records}
+        starts[run.width, run.note.startswith("coupled-heads")] |= {record["seed"]: record for record in records}
     for (width, coupled), by_seed in sorted(starts.items(), key=lambda item: (item[0][0] != "1", not item[0][1])):
         for words, part, prefix in (("projected", "projected", ""), ("projected, fitted", "before", "test_")):
             shares = [[100 * r[part][prefix + key] for r in by_seed.values()] for key in ("accuracy", "agreement")]

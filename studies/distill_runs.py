@@ -130,14 +130,16 @@ def _repeated(seed: int) -> Iterator[Run]:
 
 
 def _variations() -> Iterator[Run]:
-    """Other settings at 20 % of the budget, one seed each."""
+    """Other settings, mostly at 20 % of the budget, one seed each."""
     slower: dict[str, Any] = {"lr": 5e-4}
     yield Run("vit", "steer", epochs=4, changes=slower, note="lr-5e-4")
     yield Run("vit", "random", epochs=4, changes=slower, note="lr-5e-4")
     labels: dict[str, Any] = {"label_weight": 1.0}
     for family in MODELS:
         yield Run(family, "random", epochs=4, changes=labels, note="labels")
-    yield Run("vit", "steer", epochs=4, changes=labels, note="labels")
+    coupled = {"model_kwargs": {**WIDTHS["vit", "1"], "heads": "coupled"}}
+    for epochs in (4, EPOCHS):
+        yield Run("vit", "steer", epochs=epochs, changes={**labels, **coupled}, note="coupled-heads-labels")
 
 
 def is_of(record: dict[str, Any], run: Run) -> bool:
