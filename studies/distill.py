@@ -56,7 +56,6 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         common |= {"model_kwargs": {**WIDTHS[run.family, run.width], **heads}}
         config = DistillConfig(model=model, **{**common, **run.changes})
     trainer = DistillTrainer(config, data) if isinstance(config, DistillConfig) else ClassifierTrainer(config, data)
-    before = trainer.measurement.of(trainer.learner.networks) if run.kind == "steer" else {}
     trainer.resume()
     trainer.run()
     trained = load_model(trainer.write_weights())
@@ -65,7 +64,6 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         halves = {key: value.half() for key, value in trained.model.state_dict().items()}
         save_weights(run.teacher, halves, trained.spec)
         trained = load_model(run.teacher)
-    steering = getattr(trainer, "steering", None)
     return {
         "run": run.name,
         "family": run.family,
@@ -76,10 +74,7 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         "macs": equiflop.macs(trained.model, (3, 32, 32)),
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         **_measured(run, trained.model, data),
-        "before": before,
-        "projected": _measured(run, _projected(trainer), data) if run.kind == "steer" else {},
-        "carried_over": steering
-        and {name: getattr(steering, name) for name in ("heads", "units", "errors")} | {"stream": steering.stream.kept},
+        **(_untrained(run, trainer, data) if run.kind == "steer" else {}),
         "train_loss": trainer.history[-1].train_loss,
         "train_seconds": sum(record.seconds for record in trainer.history),
         "epochs": [record.to_dict() for record in trainer.history],
@@ -88,13 +83,18 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
     }
 
 
-def _projected(trainer: Any) -> Any:
-    """The student with weights that are projected from its teacher's, but not fitted."""
-    student = trainer.spec.build()
+def _untrained(run: Run, trainer: Any, data: ImageData) -> dict[str, Any]:
+    """What a student is before any training: with weights projected from its teacher's, and fitted then."""
+    found: dict[str, Any] = {}
     teacher = trainer.teacher.cpu()
-    images = sample_images(trainer.data.train, trainer.config, torch.device("cpu"))
-    steer(student, teacher.model, map(teacher.normalised, images), fit=False)
-    return student
+    for name, fit in (("projected", False), ("fitted", True)):
+        student = trainer.spec.build()
+        images = sample_images(trainer.data.train, trainer.config, torch.device("cpu"))
+        steering = steer(student, teacher.model, map(teacher.normalised, images), fit=fit)
+        found[name] = _measured(run, student, data)
+        found["carried_over"] = {part: getattr(steering, part) for part in ("heads", "units", "errors")}
+        found["carried_over"]["stream"] = steering.stream.kept
+    return found
 
 
 def _measured(run: Run, model: Any, data: ImageData) -> dict[str, Any]:

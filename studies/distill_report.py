@@ -90,9 +90,9 @@ def _before(groups: dict[Run, list[dict[str, Any]]]) -> str:
     for run, records in groups.items():
         starts[run.width, run.note.startswith("coupled-heads")] |= {record["seed"]: record for record in records}
     for (width, coupled), by_seed in sorted(starts.items(), key=lambda item: (item[0][0] != "1", not item[0][1])):
-        for words, part, prefix in (("projected", "projected", ""), ("projected, fitted", "before", "test_")):
-            shares = [[100 * r[part][prefix + key] for r in by_seed.values()] for key in ("accuracy", "agreement")]
-            cells = [width, "coupled" if coupled else "regular", words, str(len(by_seed)), *map(spread, shares)]
+        for part in ("projected", "fitted"):
+            shares = [[100 * record[part][key] for record in by_seed.values()] for key in ("accuracy", "agreement")]
+            cells = [width, "coupled" if coupled else "regular", part, str(len(by_seed)), *map(spread, shares)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

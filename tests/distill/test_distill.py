@@ -256,16 +256,21 @@ class TestSteered:
     def test_resumes_exactly(self, teacher: str, tmp_path: Path) -> None:
         outcomes = []
         for stop in (True, False):
-            config = config_for(teacher, tmp_path / str(stop), init="steer", init_images=20, epochs=1)
+            config = config_for(teacher, tmp_path / str(stop), init="steer", init_images=20, epochs=1, ema_decay=0.9)
             trainer = DistillTrainer(config, toy_data())
             if stop:
                 with pytest.raises(TrainingInterrupted):
                     trainer.run_epoch(StopAfter(2))
                 trainer = DistillTrainer(config, toy_data())
-                assert trainer.resume() is not None
+                assert trainer.resume() is not None and trainer.steering is None
             trainer.run()
             outcomes.append(trainer)
         assert_same_outcome(*outcomes)
+        anew = DistillTrainer(config, toy_data())  # in the folder of a finished run
+        anew.start_anew()
+        anew.run()
+        assert anew.steering is not None
+        assert_same_outcome(outcomes[0], anew)
 
 
 class TestResume:

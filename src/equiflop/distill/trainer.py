@@ -25,6 +25,7 @@ from equiflop.models.entry_points import TWIN
 from equiflop.runtime.processes import Processes
 from equiflop.runtime.progress import Progress
 from equiflop.training.records import EpochRecord
+from equiflop.training.state import CHECKPOINT_FOLDER, saved_states
 from equiflop.training.step import Objective
 
 #: How the names of keywords end that a teacher needed in its training alone.
@@ -61,7 +62,10 @@ class DistillTrainer(ClassifierTrainer):
         processes: Processes | None = None,
     ) -> None:
         self.teacher = load_teacher(config)
+        self.steering: Steering | None = None
         super().__init__(config, data, progress, processes)
+        if config.init == "steer" and self.steering is None:
+            self.folder.on_entry.insert(0, self._steer_after_all)
 
     def _preprocessing(self, config: Any) -> Preprocessing | None:
         """The teacher's own, unless the options say how large images are."""
@@ -122,7 +126,8 @@ class DistillTrainer(ClassifierTrainer):
     def _to_train(self, model: nn.Module, config: Any) -> tuple[nn.Module, Objective]:
         check_tokens(model, self.teacher.model, self.teacher.source)
         student = Student(model, self.teacher.widths)
-        self.steering = self._steer(student, config) if config.init == "steer" else None
+        if config.init == "steer" and not saved_states(Path(config.out) / CHECKPOINT_FOLDER):
+            self.steering = self._steer(student, config)
         self.objective = DistillObjective(
             config, self.teacher, student.group, self.data.classes, self.data.preprocessing
         )
@@ -132,13 +137,22 @@ class DistillTrainer(ClassifierTrainer):
         """Project the teacher's weights onto the student."""
         source = self.teacher.source
         device = numerical_device(self.processes.device)
+        home = self.teacher.scale.device
         teacher = self.teacher.to(device)
         batches = sample_images(self.data.train, config, device)
         images = (teacher.normalised(batch) for batch in batches)
         found = steer(student.student, teacher.model, images, source)
         student.steer_readers(found.stream, teacher.model)
-        teacher.cpu()
+        teacher.to(home)
         return found
+
+    def _steer_after_all(self) -> None:
+        """Steer in a folder with states that this run does not go on from; one that does needs no first weights."""
+        self.steering = self._steer(cast(Student, self.model), self.config)
+        self.processes.same_weights(self.model)
+        if self.ema is not None:
+            self.ema.load_state_dict(self.model.state_dict())
+        self.progress.print(str(self.steering))
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         sums = torch.zeros(5, dtype=torch.float64)  # error, agreement, right answers, images, unreadable ones
