@@ -335,14 +335,22 @@ class TestOtherCommands:
         assert plotted.exit_code == 2 and "no accuracy was measured" in plotted.stderr
 
     @pytest.mark.slow
-    def test_two_processes_train_as_one(self, teacher: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("kind", ["steered", "embedding"])
+    def test_two_processes_train_as_one(self, kind: str, teacher: str, tmp_path: Path) -> None:
         losses = []
+        given = ["--teacher", teacher, "--init", "steer", "--init-images", "32"]
+        if kind == "embedding":
+            sizes: dict[str, Any] = {**SMALL, "img_size": 28, "global_pool": "map", "class_token": False}
+            network: Any = timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=0, **sizes)
+            save_file(network.state_dict(), str(tmp_path / "net.safetensors"))
+            given = ["vit_tiny_patch16_224", "--teacher-checkpoint", str(tmp_path / "net.safetensors")]
+            given += [f"--teacher-set={name}={value}" for name, value in sizes.items()]
         for count in (1, 2):
             out = tmp_path / str(count)
             launch = command(count, model=[])
             launch[launch.index("train")] = "distill"
-            options = ["--teacher", teacher, "--data", "fashion-mnist-part", "--out", str(out), "--epochs", "1"]
-            options += ["--batch-size", str(2000 // count), "--device", "cpu", "--init", "steer", "--init-images", "32"]
+            options = [*given, "--data", "fashion-mnist-part", "--out", str(out), "--epochs", "1"]
+            options += ["--batch-size", str(2000 // count), "--device", "cpu"]
             done = subprocess.run(
                 [*launch, *options], capture_output=True, text=True, timeout=240, env=environment(), check=False
             )
