@@ -238,6 +238,8 @@ class TestSteered:
         first = load_model(tmp_path / "out")
         assert equiflop.check(first.model, input_size=(28, 28), randomize=False).passed
         assert CliRunner().invoke(main, ["publish", str(tmp_path / "out"), "-o", str(tmp_path / "net")]).exit_code == 0
+        card = (tmp_path / "net" / "README.md").read_text()
+        assert "without training" in card and "adamw" not in card
         plotted = CliRunner().invoke(main, ["plot", str(tmp_path / "out"), "--output", str(tmp_path / "runs.png")])
         assert plotted.exit_code == 2 and len(plotted.stderr.splitlines()) == 1
 
@@ -587,6 +589,7 @@ def test_a_file_of_weights_teaches(name: str, settings: dict[str, Any], tmp_path
         (NAME, {"patch_size": 8, "img_size": 64}, {"patch_size": 8}, 192),
         ("convnext_atto", {"num_classes": 3}, {"num_classes": 0}, 320),
         ("vit_base_patch16_clip_224.openai", {"depth": 1}, {"depth": 1}, 512),
+        ("vit_base_patch16_clip_224", {"depth": 1, "num_classes": 512}, {"depth": 1}, 512),
         ("vit_base_patch16_clip_224.openai", {"depth": 1, "num_classes": 7}, {"depth": 1}, 7),
     ],
 )
@@ -631,13 +634,66 @@ def test_an_image_tower_teaches_its_embedding(tmp_path: Path) -> None:
     assert student.spec.classes == () and student.model(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
 
 
-@pytest.mark.parametrize("given", [{"dept": 2}, {"depth": 0.5}, {"depth": 2}])
-def test_keywords_that_do_not_fit_a_file(given: dict[str, Any], tmp_path: Path) -> None:
-    save_file(timm.create_model(NAME, depth=1).state_dict(), str(tmp_path / "net.safetensors"))
-    config = config_for("", tmp_path, teacher_checkpoint=str(tmp_path / "net.safetensors"), teacher_kwargs=given)
-    with pytest.raises((TypeError, ValueError), match=r"dept|blocks\.1") as caught:
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (NAME, {"dept": 2}, "dept=2 is nothing that deit3_tiny_patch16_224 takes; did you mean depth"),
+        (NAME, {"pretrained_strict": False}, "pretrained_strict=False is nothing that"),
+        (NAME, {"features_only": True}, "features_only=True is nothing that"),
+        (NAME, {"device": "meta"}, "device='meta' is nothing that .*; say --device"),
+        (NAME, {"depth": 0.5}, "cannot be made with {'depth': 0.5}"),
+        (NAME, {"norm_layer": "foo"}, "cannot be made with {'norm_layer': 'foo'}"),
+        (NAME, {"img_size": "abc"}, "cannot be made with {'img_size': 'abc'}"),
+        (NAME, {"img_size": [32]}, r"cannot be made with {'img_size': \[32\]}"),
+        (NAME, {"depth": 2}, r"net.safetensors': holds no weights of .* with teacher_kwargs={'depth': 2}"),
+        (NAME, {"global_pool": ""}, r"answers an image with numbers of shape \(.*\); a teacher gives 1000 in a row"),
+        (NAME, {"num_classes": False}, "num_classes=False: the teacher's weights decide it"),
+        (NAME, {"num_classes": "x"}, "num_classes='x': the teacher's weights decide it"),
+        (f"{NAME}.nonsense", {"depth": 1}, "timm knows no weights of this tag"),
+        (f"flop_{NAME}", {"depth": 1}, "is equivariant already"),
+        ("convnext_tiny", {"img_size": 64}, "img_size=64 is nothing that convnext_tiny takes; say --img-size"),
+        ("convnext_tiny", {"dims": [16]}, r"cannot be made with {'dims': \[16\]}"),
+        ("resmlp_12_224", {"img_size": 64}, "holds no weights of resmlp_12_224 with teacher_kwargs={'img_size': 64}"),
+    ],
+)
+def test_keywords_that_do_not_fit(name: str, given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    sizes = {} if name.startswith(("convnext", "resmlp")) else {"depth": 1}
+    network = timm.create_model(name.removesuffix(".nonsense"), **sizes)
+    save_file(network.state_dict(), str(tmp_path / "net.safetensors"))
+    file = str(tmp_path / "net.safetensors")
+    config = config_for("", tmp_path, model=name, teacher_checkpoint=file, teacher_kwargs={**sizes, **given})
+    with pytest.raises(ValueError, match=message.replace("{", r"\{(?:'depth': 1, )?")) as refused:
         load_teacher(config)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("size", [[64, 32], [128, 32], [32, 32]])
+def test_images_of_a_file_that_are_not_square(size: list[int], tmp_path: Path) -> None:
+    """Their size cannot be seen in the weights; where it is said they are taken as they are, or else resampled."""
+    name = "vit_tiny_patch16_224"
+    network: Any = timm.create_model(name, img_size=[128, 32], depth=1, patch_size=8)
+    save_file(network.state_dict(), str(tmp_path / "net.safetensors"))
+    config = config_for("", tmp_path, model=name, teacher_checkpoint=str(tmp_path / "net.safetensors"))
+    found = load_teacher(replace(config, teacher_kwargs={"patch_size": 8, "depth": 1, "img_size": size}))
+    assert found.spec.preprocessing.input_size == (3, *size)
+    if size == [128, 32]:
+        torch.testing.assert_close(found.model.pos_embed, network.pos_embed)
+    odd = timm.create_model(name, img_size=[64, 32], depth=1)
+    save_file(odd.state_dict(), str(tmp_path / "odd.safetensors"))
+    config = replace(config, teacher_checkpoint=str(tmp_path / "odd.safetensors"), teacher_kwargs={"depth": 1})
+    with pytest.raises(ValueError, match=r"9 places: 1 for other tokens leave 8 patches, .* img_size=.HEIGHT,WIDTH."):
+        load_teacher(config)
+    found = load_teacher(replace(config, teacher_kwargs={"depth": 1, "img_size": [64, 32]}))
+    torch.testing.assert_close(found.model.pos_embed, odd.pos_embed)
+
+
+def test_keywords_that_say_nothing_are_left_out(tmp_path: Path) -> None:
+    save_file(timm.create_model(NAME, img_size=64, depth=1).state_dict(), str(tmp_path / "net.safetensors"))
+    given = {"img_size": None, "num_classes": None, "depth": 1}
+    config = config_for("", tmp_path, teacher_checkpoint=str(tmp_path / "net.safetensors"), teacher_kwargs=given)
+    assert load_teacher(config).spec.preprocessing.input_size == (3, 64, 64)
+    with pytest.raises(TypeError, match=r"teacher_kwargs=.* holds what is no number"):
+        replace(config, teacher_kwargs={"depth": torch})
 
 
 def test_a_convnext_teaches_at_the_size_that_is_asked_for(tmp_path: Path) -> None:

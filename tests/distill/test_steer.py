@@ -105,6 +105,19 @@ def test_of_a_plain_network_most_is_kept() -> None:
     assert kept == sorted(kept) and 0.5 < kept[-1] <= 1
 
 
+def test_how_images_and_networks_come_makes_no_difference() -> None:
+    """Images in other numbers, one batch or several; a teacher in training mode, a student with frozen parts."""
+    teacher: Any = VisionTransformer(**plain_settings({"drop_path_rate": 0.5, "patch_drop_rate": 0.5})).double().eval()
+    x = torch.cat(images()).float()
+    first, second = network(seed=1), network(seed=1).train()
+    second.blocks[1].eval()
+    steer(first, teacher, list(x.double().split(20)))
+    steer(second, teacher.train(), x)
+    assert teacher.blocks[0].drop_path1.training and second.training and not second.blocks[1].attn.training
+    for name, weight in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], weight)
+
+
 class TestChoices:
     def test_directions_are_the_best_choice(self) -> None:
         """Compared with all choices there are."""
@@ -184,9 +197,18 @@ class TestRefusals:
             ({"pre_norm": True}, {}, "cannot read module norm_pre"),
             ({"norm_layer": RmsNorm}, {}, "blocks.0.norm1 .RmsNorm."),
             ({"block_fn": ParallelScalingBlock}, {}, "ParallelScalingBlock"),
-            ({}, {"depth": 2}, "depth=2: init='steer' needs as many blocks as the teacher has, 3"),
+            ({}, {"depth": 2}, "the student has depth=2, the teacher depth=3; init='steer' needs the same"),
             ({}, {"invariants": "norm"}, "invariants='norm'"),
-            ({}, {"global_pool": "avg"}, "global_pool='avg': init='steer' needs the pooling of the teacher, 'token'"),
+            ({}, {"global_pool": "avg"}, "student has global_pool='avg', the teacher global_pool='token'"),
+            ({}, {"pre_norm": True}, "student has norm_pre=True, the teacher norm_pre=False"),
+            ({}, {"final_norm": False}, "student has norm=False, the teacher norm=True"),
+            ({}, {"scale_mlp_norm": True}, "student has blocks.0.mlp.norm=True"),
+            ({}, {"act_layer": "silu"}, "blocks.0.mlp.act of the student is another function"),
+            ({}, {"pos_embed": "none"}, "student has pos_embed=False, the teacher pos_embed=True"),
+            ({}, {"no_embed_class": False}, "student has no_embed_class=False"),
+            ({}, {"num_classes": 7}, "student has num_classes=7, the teacher num_classes=5"),
+            ({}, {"multiplicities": (24, 0), "heads": "coupled"}, "needs channels of both kinds"),
+            ({}, {"design": "hybrid"}, "design='hybrid'"),
             ({}, {"qkv_bias": False}, "blocks.0.attn.qkv of the student has no bias"),
         ],
     )
@@ -195,6 +217,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message) as refused:
             steer(network(**settings), plain, images(2))
         assert "\n" not in str(refused.value)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_of_numbers_that_are_none(self, value: float) -> None:
+        student = network()
+        before = {name: weight.clone() for name, weight in student.state_dict().items()}
+        with pytest.raises(ValueError, match="images: hold NaN or infinite numbers"):
+            steer(student, VisionTransformer(**plain_settings({})).double(), torch.full((3, 2, 24, 24), value))
+        for name, weight in student.state_dict().items():
+            assert torch.equal(weight, before[name]), name
 
     def test_of_no_images(self) -> None:
         with pytest.raises(ValueError, match="images: there are none to look at"):

@@ -73,7 +73,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "model_kwargs", json.loads(json.dumps(self.model_kwargs)))
+        object.__setattr__(self, "model_kwargs", as_json("model_kwargs", self.model_kwargs))
         if self.image_size is not None:
             object.__setattr__(self, "image_size", tuple(self.image_size))
         if self.loss == "bce" and self.label_smoothing == 1:
@@ -104,3 +104,15 @@ class TrainConfig(RunConfig):
         """
         names = super().differences(other)
         return [name for name in names if name != "data"] if Path(self.data).exists() else names
+
+
+def as_json(name: str, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords as JSON holds them.
+
+    Raises:
+        TypeError: if a value is nothing that JSON holds.
+    """
+    try:
+        return dict(json.loads(json.dumps(keywords)))
+    except TypeError as error:
+        raise TypeError(f"{name}={keywords!r} holds what is no number, text, list or truth value ({error})") from error

@@ -134,10 +134,17 @@ def carry_out(trainer: ClassifierTrainer, resume: str, as_json: bool) -> None:
             click.echo(f"equiflop: {stopped}; run the same command again to go on", err=True)
         leave(128 + stopped.signal_number)
         raise SystemExit(128 + stopped.signal_number) from stopped
-    metrics = history[-1].metrics if history else trainer.measure()
+    metrics = history[-1].metrics if history else _measured(trainer)
     if trainer.processes.first:
         _conclude(trainer, history, metrics, as_json)
     leave()
+
+
+def _measured(trainer: ClassifierTrainer) -> dict[str, float]:
+    try:
+        return trainer.measure()
+    except ValueError as error:
+        raise ValueError(f"{error}; that was in measuring, the weights are in {trainer.folder.weights}") from error
 
 
 def options_of(
@@ -169,7 +176,7 @@ def options_of(
     options |= given
     options["model"] = model or options.get("model")
     for name, values in keywords.items():
-        if values:
+        if values or name in options:
             options[name] = {**dict(options.get(name) or {}), **values}
     if options["model"] is None:
         raise click.UsageError("give MODEL, or --recipe NAME with one")

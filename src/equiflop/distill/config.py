@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from equiflop.classify.config import TrainConfig
+from equiflop.classify.config import TrainConfig, as_json
 from equiflop.training.config import setting
 
 #: Settings of ordinary training that have another form here, and what to use in their place.
@@ -20,7 +19,7 @@ _OTHERWISE = {
 #: What the help says otherwise than that of ordinary training.
 _TEXTS = {
     "model_kwargs": "Keywords of the student, such as depth=6.",
-    "image_size": "Height and width of the input, which must be the teacher's, except of a ConvNeXt.  "
+    "image_size": "Height and width of the input, which must be the teacher's; of a ConvNeXt any.  "
     "[default: the teacher's]",
     "channels": "1 (grey) or 3 (colour), as the teacher takes.  [default: the teacher's]",
     "distillation_temperature": "Softens the probabilities of both networks (--logits-loss kl).",
@@ -74,7 +73,7 @@ class DistillConfig(TrainConfig):
         if self.epochs == 0:
             object.__setattr__(self, "warmup_epochs", 0.0)
         super().__post_init__()
-        object.__setattr__(self, "teacher_kwargs", json.loads(json.dumps(self.teacher_kwargs)))
+        object.__setattr__(self, "teacher_kwargs", as_json("teacher_kwargs", self.teacher_kwargs))
         defaults = TrainConfig.describe()
         for name, instead in _OTHERWISE.items():
             if getattr(self, name) != defaults[name][0]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from equiflop.classify.prediction import published_classes
 from equiflop.classify.weights import load_model
 from equiflop.distill.config import DistillConfig
 from equiflop.distill.teacher import PlainTeacher
+from equiflop.models import equivariant_models
 from equiflop.models.entry_points import TWIN
 
 #: Keywords of a network that say nothing of a teacher, and what to do in their place.
@@ -25,8 +28,8 @@ _NOT_OF_TEACHERS = {
     "in_chans": "its weights show its colours, and --channels makes the data's the same",
     "pretrained": "its weights are timm's, or those of --teacher-checkpoint FILE",
     "checkpoint_path": "say --teacher-checkpoint FILE",
-    "pretrained_cfg": "name the weights by their tag, as in NAME.TAG",
-    "pretrained_cfg_overlay": "say --teacher-checkpoint FILE",
+    "device": "say --device",
+    "dtype": "say --precision",
 }
 #: Image towers, whose "classes" are the channels of an embedding.
 _TOWERS = re.compile(r"clip|_pe_")
@@ -37,67 +40,104 @@ def load_teacher(config: DistillConfig) -> PlainTeacher:
 
     Raises:
         ValueError: if there is none, its weights do not fit, or it cannot be one.
-        TypeError: if it does not take a keyword.
         OSError: if its weights cannot be read or downloaded.
     """
+    name = config.model
     if config.teacher:
         trained = load_model(config.teacher)
-        if trained.spec.name != config.model:
+        if trained.spec.name != name:
             raise ValueError(
-                f"teacher={config.teacher!r} is a run of {trained.spec.name}, not of {config.model}; leave out NAME"
+                f"teacher={config.teacher!r} is a run of {trained.spec.name}, not of {name}; leave out NAME"
             )
         return PlainTeacher(trained.spec, trained.model, f"teacher={config.teacher!r}")
-    if config.model.startswith(TWIN):
-        raise ValueError(f"{config.model} is equivariant already; the teacher must be a plain network of timm")
-    check_model_name(config.model)
-    keywords = config.teacher_kwargs
-    _check_keywords(keywords)
+    if name.startswith(TWIN) or name.split(".")[0] in equivariant_models():
+        raise ValueError(f"model={name!r} is equivariant already; the teacher must be a plain network of timm")
+    check_model_name(name)
+    _check_tag(name)
+    keywords = {key: value for key, value in config.teacher_kwargs.items() if value is not None or key == "init_values"}
+    if keywords:
+        _check_keywords(name, keywords)
     if config.teacher_checkpoint:
-        model, keywords = _from_file(config.model, config.teacher_checkpoint, keywords)
+        model, keywords = _from_file(name, config.teacher_checkpoint, keywords)
         source = f"teacher_checkpoint={config.teacher_checkpoint!r}"
         classes = tuple(map(str, range(model.num_classes)))
     else:
-        model = _pretrained(config.model, keywords)
-        source = f"model={config.model!r}"
+        model = _pretrained(name, keywords)
+        source = f"model={name!r}"
         classes = published_classes(model)
-    if _embeds(config.model, len(classes)):
+    if _embeds(name, len(classes)):
         keywords, classes = {**keywords, "num_classes": len(classes)}, ()
-    return PlainTeacher(
-        ModelSpec(config.model, keywords, classes, preprocessing_of(model)), model, source, names_classes=False
+    teacher = PlainTeacher(
+        ModelSpec(name, keywords, classes, preprocessing_of(model)), model, source, names_classes=False
     )
+    if config.teacher_kwargs:
+        _check_answers(teacher, config.teacher_kwargs)
+    return teacher
 
 
-def _check_keywords(keywords: Mapping[str, Any]) -> None:
-    for name, instead in _NOT_OF_TEACHERS.items():
-        if name in keywords:
-            raise ValueError(f"teacher_kwargs: {name}={keywords[name]!r} is nothing that a teacher takes; {instead}")
-    if keywords.get("num_classes"):
-        raise ValueError(
-            f"teacher_kwargs: num_classes={keywords['num_classes']!r}: the teacher's weights decide it; 0 leaves its "
-            "classifier out, and its embedding teaches"
-        )
-
-
-def _embeds(name: str, outputs: int) -> bool:
-    """Whether a network's outputs are an embedding, though timm calls them classes: an image tower's own number."""
-    noted: Any = timm.get_pretrained_cfg(name)
-    if noted is None or outputs != noted.num_classes or noted.label_names:
-        return False
-    return infer_imagenet_subset(noted) is None and bool(_TOWERS.search(name))
-
-
-def _pretrained(name: str, keywords: Mapping[str, Any]) -> Any:
-    from equiflop.models import equivariant_models
-
-    if name.split(".")[0] in equivariant_models():
-        raise ValueError(f"model={name!r} is equivariant already; the teacher must be a plain network of timm")
+def _check_tag(name: str) -> None:
     try:
-        config = timm.get_pretrained_cfg(name)
+        timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
         raise ValueError(
             f"model={name!r}: timm knows no weights of this tag; of this network it has {known}"
         ) from error
+
+
+def _check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
+    """See that a network can be made with what the user says of a teacher, before its weights are read."""
+    if keywords.get("num_classes", 0) != 0 or isinstance(keywords.get("num_classes"), bool):
+        raise ValueError(
+            f"teacher_kwargs: num_classes={keywords['num_classes']!r}: the teacher's weights decide it; 0 leaves its "
+            "classifier out, and its embedding teaches"
+        )
+    with torch.device("meta"):
+        kind = type(timm.create_model(name))
+    known = inspect.signature(kind.__init__).parameters.keys() - _NOT_OF_TEACHERS.keys()
+    for key in keywords.keys() - known:
+        close = get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(known - {'self'}))}"
+        if key == "img_size":
+            hint = "say --img-size"
+        raise ValueError(
+            f"teacher_kwargs: {key}={keywords[key]!r} is nothing that {name} takes; {_NOT_OF_TEACHERS.get(key, hint)}"
+        )
+    try:
+        create_model(name, keywords)
+    except Exception as error:  # timm and torch raise almost anything
+        raise ValueError(f"teacher_kwargs: {name} cannot be made with {dict(keywords)} ({_reason(error)})") from error
+
+
+def _check_answers(teacher: PlainTeacher, keywords: Mapping[str, Any]) -> None:
+    size = teacher.spec.preprocessing.input_size
+    try:
+        with torch.no_grad():
+            shape = tuple(teacher.model(torch.zeros(1, *size)).shape)
+    except Exception as error:
+        raise ValueError(f"teacher_kwargs={dict(keywords)}: such a network does not take images ({error})") from error
+    if shape != (1, teacher.outputs):
+        raise ValueError(
+            f"teacher_kwargs={dict(keywords)}: such a network answers an image with numbers of shape {shape[1:]}; "
+            f"a teacher gives {teacher.outputs} in a row"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
+
+
+def _embeds(name: str, outputs: int) -> bool:
+    """Whether a network's outputs are an embedding, though timm calls them classes: an image tower's own number."""
+    for tagged in [name] if "." in name else timm.list_pretrained(f"{name}.*"):
+        noted: Any = timm.get_pretrained_cfg(tagged)
+        if _TOWERS.search(tagged) and noted.num_classes == outputs > 0 and infer_imagenet_subset(noted) is None:
+            return True
+    return False
+
+
+def _pretrained(name: str, keywords: Mapping[str, Any]) -> Any:
+    config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise ValueError(
             f"model={name!r}: timm has no weights of it, so it cannot teach; give --teacher-checkpoint FILE or "
@@ -106,9 +146,10 @@ def _pretrained(name: str, keywords: Mapping[str, Any]) -> Any:
     try:
         return create_model(name, keywords, pretrained=True)
     except (OSError, RuntimeError) as error:  # whatever lies between here and the weights
+        with_these = f" with teacher_kwargs={dict(keywords)}" if keywords else ""
         raise ValueError(
-            f"model={name!r}: its weights cannot be had ({' '.join(str(error).split()):.300}); give "
-            "--teacher-checkpoint FILE or --teacher RUN"
+            f"model={name!r}: its weights cannot be had{with_these} ({_reason(error)}); give --teacher-checkpoint FILE "
+            "or --teacher RUN"
         ) from error
 
 
@@ -130,14 +171,14 @@ def _from_file(name: str, file: str, given: Mapping[str, Any]) -> tuple[Any, dic
     classifies = given.pop("num_classes", None) is None
     plain = create_model(name, {key: value for key, value in given.items() if key != "img_size"})
     try:
-        shown = _keywords_of(plain, load_state_dict(file))
+        shown = _keywords_of(plain, load_state_dict(file), given.get("img_size"))
         keywords = {**shown, **given}
         noted = {key: shown[key] for key in ("num_classes",) if key in shown}
         overlay = {"file": file, "custom_load": False, **noted, **_input_of(name, shown)}
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **keywords)
     except Exception as error:  # a damaged file makes the readers raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{source}: holds no weights of {name} ({reason:.300})") from error
+        with_these = f" with teacher_kwargs={given}" if given else ""
+        raise ValueError(f"{source}: holds no weights of {name}{with_these} ({_reason(error)})") from error
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise ValueError(f"{source}: holds NaN or infinite numbers")
     if not classifies:
@@ -146,12 +187,13 @@ def _from_file(name: str, file: str, given: Mapping[str, Any]) -> tuple[Any, dic
     return model, keywords
 
 
-def _keywords_of(plain: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """What weights show of their network: classes, colours, image size (a square one), pooling.
+def _keywords_of(plain: Any, weights: Mapping[str, Any], image_size: Any = None) -> dict[str, Any]:
+    """What weights show of their network: classes, colours, image size, pooling.
 
     Args:
         plain: such a network with what is usual.
         weights: as the file has them.
+        image_size: that the user wants; if the weights can be of it they are, else they are of a square one.
     """
     noted: Any = getattr(plain, "pretrained_cfg", None)
     if not noted:
@@ -172,12 +214,24 @@ def _keywords_of(plain: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
     if "fc_norm.weight" in weights and "norm.weight" in own and "norm.weight" not in weights:
         found["global_pool"] = "avg"
     places, usual = (state.get("pos_embed") for state in (weights, own))
-    if places is not None and usual is not None and pixels is not None and places.shape[1] != usual.shape[1]:
-        patches = places.shape[1] - (usual.shape[1] - plain.patch_embed.num_patches)
-        side = math.isqrt(max(patches, 0))
-        if side**2 != patches:
-            raise ValueError(f"its position embedding has {places.shape[1]} places, which make no square")
-        found["img_size"] = [side * patch for patch in pixels.shape[2:]]
+    if places is None or usual is None or pixels is None:
+        return found
+    others = usual.shape[1] - plain.patch_embed.num_patches
+    patches = places.shape[1] - others
+    height, width = pixels.shape[2:]
+    if image_size is not None:
+        rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if (rows // height) * (columns // width) == patches:
+            return found | {"img_size": [rows, columns]}
+    side = math.isqrt(max(patches, 0))
+    if side**2 != patches:
+        raise ValueError(
+            f"its position embedding has {places.shape[1]} places: {others} for other tokens leave {patches} patches, "
+            "which make no square; say --teacher-set with img_size=[HEIGHT,WIDTH], or with class_token, reg_tokens or "
+            "no_embed_class if the other tokens are not those"
+        )
+    if patches != plain.patch_embed.num_patches:
+        found["img_size"] = [side * height, side * width]
     return found
 
 

@@ -149,10 +149,11 @@ class PlainTeacher(nn.Module):
         compared = slice(0, 1 if free else None)
         if own.input_size[compared] != preprocessing.input_size[compared]:
             theirs, ours = ("x".join(map(str, p.input_size)) for p in (own, preprocessing))
+            size = "" if free else f"--img-size {own.input_size[1]}x{own.input_size[2]} "
             raise ValueError(
                 f"{self.source} takes images of {theirs} (channels, height, width), the data gives {ours}; say "
-                f"--img-size {own.input_size[1]}x{own.input_size[2]} --channels {own.input_size[0]}, or leave out the "
-                "--img-size, --channels or --recipe that says otherwise"
+                f"{size}--channels {own.input_size[0]}, or leave out the --img-size, --channels or --recipe that says "
+                "otherwise"
             )
         scale, shift = renormalising(preprocessing, own)
         self.scale.copy_(scale)
@@ -206,7 +207,7 @@ def numerical_device(device: torch.device) -> torch.device:
 def sample_images(split: Split, config: DistillConfig, device: torch.device, batch_size: int = 32) -> Iterator[Tensor]:
     """Training images as they are, in batches on a device: as many as ``init_images``, the same ones for a seed."""
     order = epoch_order(config.seed, 0, len(split))[: config.init_images]
-    for batch in split.batches(order, batch_size, workers=config.workers, skip_unreadable=True):
+    for batch in split.batches(order, batch_size, workers=config.workers, skip_unreadable=config.unreadable == "skip"):
         if len(batch.images):
             yield batch.images.to(device)
 

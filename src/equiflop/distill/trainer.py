@@ -20,6 +20,7 @@ from equiflop.distill.loading import load_teacher
 from equiflop.distill.objective import DistillObjective, Student
 from equiflop.distill.steer import Steering, check_steerable, check_tokens, steer
 from equiflop.distill.teacher import numerical_device, sample_images
+from equiflop.files import check_writable
 from equiflop.grids import as_image_group
 from equiflop.models.entry_points import TWIN
 from equiflop.runtime.processes import Processes
@@ -77,9 +78,10 @@ class DistillTrainer(ClassifierTrainer):
         teacher, data = self.teacher.spec, self.data
         self.knows_labels = self.teacher.knows(data.classes)
         if config.label_weight and not self.knows_labels:
+            what = f"knows {len(teacher.classes)} classes, other ones than the {len(data.classes)} of {data.name}"
+            what = what if teacher.classes else "gives an embedding, no classes"
             raise ValueError(
-                f"label_weight={config.label_weight}: {self.teacher.source} knows {len(teacher.classes)} classes, "
-                f"other ones than the {len(data.classes)} of {data.name}; leave label_weight at 0"
+                f"label_weight={config.label_weight}: {self.teacher.source} {what}; leave label_weight at 0"
             )
         classes = data.classes if self.knows_labels else teacher.classes
         keywords = {key: value for key, value in teacher.kwargs.items() if not key.endswith(_REGULARISERS)}
@@ -137,10 +139,12 @@ class DistillTrainer(ClassifierTrainer):
         """Project the teacher's weights onto the student."""
         source = self.teacher.source
         device = numerical_device(self.processes.device)
+        check_writable(Path(config.out) / "model.safetensors")
         home = self.teacher.scale.device
         teacher = self.teacher.to(device)
-        batches = sample_images(self.data.train, config, device)
-        images = (teacher.normalised(batch) for batch in batches)
+        images = [teacher.normalised(batch) for batch in sample_images(self.data.train, config, device)]
+        if not images:
+            raise ValueError(f"data={config.data!r}: none of the {config.init_images} images to steer by can be read")
         found = steer(student.student, teacher.model, images, source)
         student.steer_readers(found.stream, teacher.model)
         teacher.to(home)

@@ -171,11 +171,15 @@ def _training(config: TrainConfig | None) -> str:
         return "The file does not say how it was trained."
     defaults = {**TrainConfig.describe(), **config.describe()}
     told = ("epochs", "batch_size", "optimizer", "lr", "seed")
-    lines = [
-        f"- {item.name}: {getattr(config, item.name)}"
-        for item in fields(config)
-        if item.name not in _UNTOLD and (item.name in told or getattr(config, item.name) != defaults[item.name][0])
-    ]
+    lines = (
+        ["- without training: the weights are projected from the teacher's, and fitted"]
+        if not config.epochs
+        else [
+            f"- {item.name}: {getattr(config, item.name)}"
+            for item in fields(config)
+            if item.name not in _UNTOLD and (item.name in told or getattr(config, item.name) != defaults[item.name][0])
+        ]
+    )
     distills = bool(getattr(config, "distills", False))
     words = (("fine-tuned", config.start_from), ("distilled", config.teacher or distills))
     sources = [word for word, used in words if used]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from timm.layers import Attention as PlainAttention
 from timm.layers import Mlp as PlainMlp
 from timm.models.vision_transformer import Block as PlainBlock
@@ -42,26 +44,50 @@ def check_student(student: nn.Module, teacher: Any, source: str) -> None:
     Raises:
         ValueError: if not; it says what would do.
     """
-    if not isinstance(student, EquivariantVisionTransformer) or student.design != "equivariant":
+    if not isinstance(student, EquivariantVisionTransformer):
         raise ValueError(f"init='steer' writes twins of timm's VisionTransformer, not a {type(student).__name__}")
+    if student.design != "equivariant":
+        raise ValueError(f"design={student.design!r}: init='steer' writes networks of design 'equivariant'")
     check_steerable(teacher, student.group, source)
     check_tokens(student, teacher, source)
-    if len(student.blocks) != len(teacher.blocks):
-        raise ValueError(
-            f"depth={len(student.blocks)}: init='steer' needs as many blocks as {source} has, {len(teacher.blocks)}"
-        )
-    if student.global_pool != teacher.global_pool:
-        raise ValueError(
-            f"global_pool={student.global_pool!r}: init='steer' needs the pooling of {source}, {teacher.global_pool!r}"
-        )
+    if 0 in student.rep.multiplicities:
+        raise ValueError(f"multiplicities={student.rep.multiplicities}: init='steer' needs channels of both kinds")
+    if student.kind_of_invariants not in (None, "trivial"):
+        raise ValueError(f"invariants={student.kind_of_invariants!r}: init='steer' writes heads on 'trivial' ones")
+    for name, own, theirs in _shared(student, teacher):
+        if own != theirs:
+            raise ValueError(f"the student has {name}={own!r}, {source} {name}={theirs!r}; init='steer' needs the same")
     for i, block in enumerate(student.blocks):
         for name in LINEAR_MAPS:
             if block.get_submodule(name).bias is None:
                 raise ValueError(
                     f"blocks.{i}.{name} of the student has no bias: init='steer' needs it for the biases of {source}"
                 )
-    if student.kind_of_invariants not in (None, "trivial"):
-        raise ValueError(f"invariants={student.kind_of_invariants!r}: init='steer' writes heads on 'trivial' ones")
+        if not _same_function(block.mlp.act, teacher.blocks[i].mlp.act):
+            raise ValueError(f"blocks.{i}.mlp.act of the student is another function than that of {source}")
+
+
+def _shared(student: Any, teacher: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What both networks must have alike, by its name; of parts, whether there is one."""
+    yield "depth", len(student.blocks), len(teacher.blocks)
+    yield "global_pool", student.global_pool, teacher.global_pool
+    for name in ("pos_embed", "norm_pre", "norm", "fc_norm"):
+        yield name, _is_there(getattr(student, name)), _is_there(getattr(teacher, name))
+    if teacher.pos_embed is not None:
+        yield "no_embed_class", student.no_embed_class, teacher.no_embed_class
+    yield "num_classes", student.num_classes, teacher.num_classes or teacher.head_hidden_size
+    for name in ("attn.norm", "mlp.norm"):
+        own, theirs = (network.blocks[0].get_submodule(name) for network in (student, teacher))
+        yield f"blocks.0.{name}", _is_there(own), _is_there(theirs)
+
+
+def _is_there(part: Any) -> bool:
+    return part is not None and not isinstance(part, nn.Identity)
+
+
+def _same_function(one: nn.Module, other: nn.Module) -> bool:
+    x = torch.linspace(-6, 6, 97)
+    return torch.allclose(one.float()(x.clone()), other.float()(x.clone()), atol=1e-6)
 
 
 def check_tokens(student: Any, teacher: Any, source: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,57 +16,111 @@ from equiflop.distill.steer.observe import token_places
 from equiflop.kernels import layout_of, split
 from equiflop.kernels.orders import read
 
-RIDGE = 1e-2  # times the mean square of what a map reads: where images say little, weights stay as they are
+#: How strongly weights may be kept as they are, in terms of the mean square of what a map reads.
+RIDGES = (1e-2, 1e-1, 1.0, 10.0)
 _BRANCHES = (("norm1", "attn", "ls1", "attn.proj"), ("norm2", "mlp", "ls2", "mlp.fc2"))
+
+
+@dataclass
+class _Sums:
+    """Sums over vectors ``a`` and what is wanted of them, ``r``.
+
+    Attributes:
+        gram: ``sum a a^T``.
+        cross: ``sum r a^T``.
+        size: ``sum |r|^2``.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    size: Tensor
+
+    @classmethod
+    def of(cls, a: Tensor, r: Tensor) -> _Sums:
+        """Of vectors, one a row."""
+        return cls((a.mT @ a).double(), (r.mT @ a).double(), r.double().square().sum())
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.gram + other.gram, self.cross + other.cross, self.size + other.size)
+
+    def solution(self, ridge: float) -> Tensor:
+        """The ``D`` for which ``sum |r - D a|^2 + ridge mean(diag(gram)) |D|^2`` is least."""
+        scale = self.gram.diagonal().mean()
+        kept = self.gram / scale + ridge * torch.eye(len(self.gram)).to(self.gram)
+        found: Tensor = torch.linalg.solve(kept, self.cross.mT / scale).mT
+        return found
+
+    def error(self, step: Tensor) -> float:
+        """``sum |r - D a|^2``."""
+        return float(self.size + ((step @ self.gram - 2 * self.cross) * step).sum())
 
 
 class LeastSquares:
     """The correction of an equivariant linear map that brings its outputs nearest to what is wanted.
 
-    By Schur's lemma the irreps are problems of their own. For one, with inputs ``a``, a last entry of 1 for the bias of
-    the trivial one, and ``r`` what its outputs lack, the correction ``D`` makes
-    ``sum |r - D a|^2 + RIDGE mean(diag(sum a a^T)) |D|^2`` least.
+    By Schur's lemma the irreps, which must be of real type, are problems of their own. For each the ridge is chosen by
+    cross-validation: of :data:`RIDGES` the one with which corrections found on every other image err least on those in
+    between. Where none of them is better than no correction, there is none.
 
     Args:
         linear: the map, in irreps behind.
     """
 
     def __init__(self, linear: enn.Linear) -> None:
-        self.linear = linear
+        self.linear: Any = linear
         self.places = {irrep.name: i for i, irrep in enumerate(linear.in_rep.group.irreps)}
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.halves: tuple[dict[str, _Sums], dict[str, _Sums]] = ({}, {})
+        self.count = 0
 
     def add(self, inputs: Tensor, lacking: Tensor) -> None:
-        """Add some vectors.
+        """Add some images.
 
         Args:
-            inputs: what the map read, shape ``(..., in_features)``.
-            lacking: what is to be added to its outputs, ``(..., out_features)``.
+            inputs: what the map read, shape ``(B, ..., in_features)``.
+            lacking: what is to be added to its outputs, ``(B, ..., out_features)``.
         """
-        linear = self.linear
-        axes = read(inputs, layout_of(linear.in_rep), linear.in_order, None)
-        wanted = split(lacking, layout_of(linear.out_rep))
-        for irrep, _ in linear.weights():
-            a, r = (parts[self.places[irrep.name]].flatten(0, -2) for parts in (axes, wanted))
+        full = torch.promote_types(inputs.dtype, torch.float32)
+        axes = read(inputs.to(full), layout_of(self.linear.in_rep), self.linear.in_order, None)
+        wanted = split(lacking.to(full), layout_of(self.linear.out_rep))
+        for irrep, _ in self.linear.weights():
+            a, r = (parts[self.places[irrep.name]].flatten(1, -2) for parts in (axes, wanted))
             if self._has_bias(irrep):
-                a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
-            found = (a.mT @ a).double(), (r.mT @ a).double()
-            before = self.sums.get(irrep.name)
-            self.sums[irrep.name] = found if before is None else (before[0] + found[0], before[1] + found[1])
+                a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
+            for half, sums in enumerate(self.halves):
+                chosen = slice((half + self.count) % 2, None, 2)
+                if len(a[chosen]):
+                    found = _Sums.of(a[chosen].flatten(0, 1), r[chosen].flatten(0, 1))
+                    sums[irrep.name] = sums[irrep.name] + found if irrep.name in sums else found
+        self.count += len(inputs)
 
-    def correct(self) -> None:
-        """Add the correction to the map's weights and bias."""
+    def correct(self) -> float:
+        """Add the correction to the map's weights and bias.
+
+        Returns:
+            the sum of the squares of what outputs still lack, cross-validated.
+        """
+        total = 0.0
         for irrep, weight in self.linear.weights():
-            gram, cross = self.sums[irrep.name]
-            gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
-            step = torch.linalg.solve(gram, cross.mT).mT
-            if self._has_bias(irrep):
-                self.linear.bias.add_(step[:, -1])  # type: ignore[union-attr]
-                step = step[:, :-1]
-            weight.add_(step)
+            halves = [sums[irrep.name] for sums in self.halves if irrep.name in sums]
+            errors = {math.inf: sum(float(half.size) for half in halves)}
+            if len(halves) == 2 and all(float(half.gram.trace()) > 0 for half in halves):
+                errors |= {ridge: _cross_validated(halves[0], halves[1], ridge) for ridge in RIDGES}
+            best = min(errors, key=lambda ridge: errors[ridge])
+            total += errors[best]
+            if best < math.inf:
+                step = (halves[0] + halves[1]).solution(best)
+                if self._has_bias(irrep):
+                    self.linear.bias.add_(step[:, -1])
+                    step = step[:, :-1]
+                weight.add_(step)
+        return total
 
     def _has_bias(self, irrep: Any) -> bool:
         return self.linear.bias is not None and self.places[irrep.name] == 0
+
+
+def _cross_validated(first: _Sums, second: _Sums, ridge: float) -> float:
+    return first.error(second.solution(ridge)) + second.error(first.solution(ridge))
 
 
 @torch.no_grad()
@@ -83,14 +139,18 @@ def fit_blocks(student: Any, teacher: Any, stream: Stream, images: Iterable[Tens
         images: batches as the teacher takes them; all their tokens are kept, three streams of them.
 
     Returns:
-        by block, ``sum |s - t|^2 / sum |t|^2`` of the student's stream ``s`` behind it and what it is to be, ``t``.
+        by block, ``sum |s - t|^2 / sum |t|^2`` of the student's stream ``s`` behind it and what it is to be, ``t``;
+        cross-validated, what is in front of the block's last map being fitted to all images.
     """
-    home, training = next(student.parameters()).device, student.training
+    home = next(student.parameters()).device
+    modes = {module: module.training for module in student.modules()}
     student.to(next(teacher.parameters()).device).eval()
     try:
         return _fitted(student, teacher, stream, images)
     finally:
-        student.to(home).train(training)
+        student.to(home)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _fitted(student: Any, teacher: Any, stream: Stream, images: Iterable[Tensor]) -> tuple[float, ...]:
@@ -116,10 +176,9 @@ def _fitted(student: Any, teacher: Any, stream: Stream, images: Iterable[Tensor]
                 at[:2] = [x + scale(branch(norm(x))) for x in at[:2]]
                 seen, added = _watched(last, own_branch, own_norm(at[2]))
                 fitted.add(seen, wanted(*at[:2]) - at[2] - added)
-            fitted.correct()
+            lacking = fitted.correct()
             for at in streams:
                 at[2] = at[2] + own_branch(own_norm(at[2]))
-        lacking = sum(float((wanted(x, y) - s).square().sum()) for x, y, s in streams)
         errors.append(lacking / sum(float(wanted(x, y).square().sum()) for x, y, _ in streams))
     return tuple(errors)
 

@@ -28,8 +28,8 @@ class Steering:
         stream: how the student's residual stream holds the teacher's.
         heads: by block, share of the energy that heads add to the stream of those that have room.
         units: the same of hidden units.
-        errors: by block, how far the student's stream behind it is from the teacher's averaged over the views, as a
-            share of its energy on the images that were looked at; empty where nothing was fitted.
+        errors: by block, how far the student's stream behind it is from what it has room for of the teacher's, averaged
+            over the views: cross-validated, a share of its energy; empty where nothing was fitted.
     """
 
     stream: Stream
@@ -40,8 +40,11 @@ class Steering:
     def __str__(self) -> str:
         parts = (("stream", self.stream.kept.values()), ("heads", self.heads), ("hidden units", self.units))
         shares = ", ".join(f"{name} {100 * min(found):.1f} to {100 * max(found):.1f} %" for name, found in parts)
-        off = f"; its stream is off by {100 * max(self.errors):.2g} % of the energy at most" if self.errors else ""
-        return f"steered; carried over of the teacher's {shares}{off}"
+        if not self.errors:
+            return f"steered; carried over of the teacher's {shares}"
+        low, high = (100 * bound(self.errors) for bound in (min, max))
+        fitted = f"of this stream {low:.2g} to {high:.2g} % is missed, by cross-validation"
+        return f"steered; carried over of the teacher's {shares}; {fitted}"
 
 
 @torch.no_grad()
@@ -58,8 +61,8 @@ def steer(
 
     Args:
         student: the twin for a group of two elements, of the teacher's depth and patches; its weights are overwritten.
-        teacher: a network of timm's class ``VisionTransformer``.
-        images: batches as the teacher takes them.
+        teacher: a network of timm's class ``VisionTransformer``; it is asked in evaluation mode.
+        images: batches ``(B, C, H, W)`` as the teacher takes them, or one.
         source: what the teacher is called in messages.
         fit: whether what blocks add is fitted to the teacher's afterwards (:func:`fit_blocks`), or projected alone.
 
@@ -67,10 +70,28 @@ def steer(
         what was carried over.
 
     Raises:
-        ValueError: if teacher or student are of a kind that this cannot read or write.
+        ValueError: if teacher or student are of a kind that this cannot read or write, or images are unfit.
     """
     check_student(student, teacher, source)
-    batches = [part for batch in images for part in batch.split(AT_ONCE)]
+    modes = {module: module.training for module in teacher.modules()}
+    teacher.eval()
+    try:
+        return _steered(student, teacher, _batches(images, next(teacher.parameters())), fit)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _batches(images: Iterable[Tensor], weight: Tensor) -> list[Tensor]:
+    """Images in parts of a few, on the teacher's device and in its numbers."""
+    given = [images] if isinstance(images, Tensor) else images
+    found = [part.to(weight) for batch in given for part in batch.split(AT_ONCE)]
+    if not all(bool(torch.isfinite(part).all()) for part in found):
+        raise ValueError("images: hold NaN or infinite numbers")
+    return found
+
+
+def _steered(student: Any, teacher: Any, batches: list[Tensor], fit: bool) -> Steering:
     seen = observe(teacher, batches, student.group)
     stream = fit_stream(seen.stream, *student.rep.multiplicities)
     writer = _Writer(student, teacher, stream)
