@@ -74,8 +74,8 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         "macs": equiflop.macs(trained.model, (3, 32, 32)),
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         **_measured(run, trained.model, data),
-        **(_untrained(run, trainer, data) if run.kind == "steer" else {}),
-        "train_loss": trainer.history[-1].train_loss,
+        **({} if run.epochs else _projected(run, trainer, data)),
+        "train_loss": trainer.history[-1].train_loss if run.epochs else None,
         "train_seconds": sum(record.seconds for record in trainer.history),
         "epochs": [record.to_dict() for record in trainer.history],
         "config": config.to_dict() | {"out": run.name, "teacher": run.teacher.name if run.kind in STARTS else ""},
@@ -83,18 +83,14 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
     }
 
 
-def _untrained(run: Run, trainer: Any, data: ImageData) -> dict[str, Any]:
-    """What a student is before any training: with weights projected from its teacher's, and fitted then."""
-    found: dict[str, Any] = {}
+def _projected(run: Run, trainer: Any, data: ImageData) -> dict[str, Any]:
+    """What an untrained student is when its weights are projected from its teacher's, but not fitted."""
+    student = trainer.spec.build()
     teacher = trainer.teacher.cpu()
-    for name, fit in (("projected", False), ("fitted", True)):
-        student = trainer.spec.build()
-        images = sample_images(trainer.data.train, trainer.config, torch.device("cpu"))
-        steering = steer(student, teacher.model, map(teacher.normalised, images), fit=fit)
-        found[name] = _measured(run, student, data)
-        found["carried_over"] = {part: getattr(steering, part) for part in ("heads", "units", "errors")}
-        found["carried_over"]["stream"] = steering.stream.kept
-    return found
+    images = map(teacher.normalised, sample_images(data.train, trainer.config, torch.device("cpu")))
+    found = steer(student, teacher.model, images, fit=False)
+    carried = {"stream": found.stream.kept, "heads": found.heads, "units": found.units}
+    return {"projected": _measured(run, student, data), "carried_over": carried, "errors": trainer.steering.errors}
 
 
 def _measured(run: Run, model: Any, data: ImageData) -> dict[str, Any]:

@@ -37,10 +37,15 @@ def report(records: list[dict[str, Any]]) -> None:
         key=lambda run: (families.index(run.family), run.width != "1", run.epochs, order.index(run.kind), run.note),
     )
     put_table(HERE / "README.md", "teachers", _teachers(teachers))
-    put_table(HERE / "README.md", "students", _students({run: students[run] for run in ordered}, teachers))
-    put_table(HERE / "README.md", "before", _before({run: students[run] for run in ordered if run.kind == "steer"}))
+    trained = {run: students[run] for run in ordered if run.epochs}
+    put_table(HERE / "README.md", "students", _students(trained, teachers))
+    put_table(
+        HERE / "README.md",
+        "untrained",
+        _untrained({run: records for run, records in students.items() if not run.epochs}),
+    )
     put_table(HERE / "README.md", "layers", _layers(teachers))
-    _draw(students, teachers)
+    _draw(trained, teachers)
 
 
 def _teachers(teachers: dict[str, dict[str, Any]]) -> str:
@@ -80,20 +85,18 @@ def _students(groups: dict[Run, list[dict[str, Any]]], teachers: dict[str, dict[
     return "\n".join(lines)
 
 
-def _before(groups: dict[Run, list[dict[str, Any]]]) -> str:
-    """What steering gives by itself; students of several budgets begin alike."""
+def _untrained(groups: dict[Run, list[dict[str, Any]]]) -> str:
+    """What steering gives by itself."""
     lines = [
-        "| width | heads | weights | seeds | accuracy % | agreement % |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+        "| width | heads | images | seeds | projected: accuracy % | agreement % | fitted: accuracy % | agreement % |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    starts: dict[tuple[str, bool], dict[int, dict[str, Any]]] = defaultdict(dict)
     for run, records in groups.items():
-        starts[run.width, run.note.startswith("coupled-heads")] |= {record["seed"]: record for record in records}
-    for (width, coupled), by_seed in sorted(starts.items(), key=lambda item: (item[0][0] != "1", not item[0][1])):
-        for part in ("projected", "fitted"):
-            shares = [[100 * record[part][key] for record in by_seed.values()] for key in ("accuracy", "agreement")]
-            cells = [width, "coupled" if coupled else "regular", part, str(len(by_seed)), *map(spread, shares)]
-            lines.append(f"| {' | '.join(cells)} |")
+        heads, _, images, _ = run.note.split("-")
+        cells = [run.width, heads, images, str(len(records))]
+        for found in ([record["projected"] for record in records], records):
+            cells += [spread([100 * record[key] for record in found]) for key in ("accuracy", "agreement")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -79,6 +79,7 @@ def all_runs() -> list[Run]:
         found |= {Run(family, kind, epochs=epochs): None for epochs in (4, 1) for kind in _kinds(family)}
         if family == "vit":
             found[Run(family, "steer", epochs=2)] = None
+    found |= dict.fromkeys(_untrained())
     found |= dict.fromkeys([_with_coupled_heads("steer", epochs=EPOCHS), Run("vit", "random"), Run("vit", "scratch")])
     found |= dict.fromkeys([*_coupled(), *_repeated(1), *_repeated(2)])
     for family in MODELS:
@@ -99,6 +100,17 @@ def _with_coupled_heads(kind: str, width: str = "1", epochs: int = 4, seed: int 
     """A ViT whose heads are mirrored by themselves, not exchanged for one another."""
     changes: dict[str, Any] = {"model_kwargs": {**WIDTHS["vit", width], "heads": "coupled"}}
     return Run("vit", kind, width, epochs, seed, changes, "coupled-heads")
+
+
+def _untrained() -> Iterator[Run]:
+    """Steered students as they are: with several numbers of images to steer by, kinds of heads, widths, images."""
+    few = (1, 4, 16, 64, 256, 1024)
+    for width, heads, numbers in (("1", "coupled", few), ("3/4", "coupled", (256,)), ("1", "regular", (256,))):
+        for images in numbers:
+            for seed in (0, 1, 2):
+                keywords = {**WIDTHS["vit", width], "heads": heads}
+                changes = {"model_kwargs": keywords, "init_images": images}
+                yield Run("vit", "steer", width, 0, seed, changes, f"{heads}-heads-{images}-images")
 
 
 def _coupled() -> Iterator[Run]:
@@ -145,8 +157,6 @@ def _variations() -> Iterator[Run]:
 def is_of(record: dict[str, Any], run: Run) -> bool:
     """Whether a line of the results is of this run, with today's recipe."""
     if record["run"] != run.name:
-        return False
-    if run.kind == "steer" and not record.get("projected"):
         return False
     config = record["config"]
     wanted = {**RECIPE, "epochs": run.epochs, "seed": run.seed, **run.changes}
