@@ -149,11 +149,11 @@ def _variations() -> Iterator[Run]:
     labels: dict[str, Any] = {"label_weight": 1.0}
     for family in MODELS:
         yield Run(family, "random", epochs=4, changes=labels, note="labels")
-    labels |= {"model_kwargs": {**WIDTHS["vit", "1"], "heads": "coupled"}}
-    alone = {name: 0.0 for name in ("class_weight", "patch_weight", "middle_weight", "logits_weight")}
+    coupled = {**labels, "model_kwargs": {**WIDTHS["vit", "1"], "heads": "coupled"}}
+    alone = dict.fromkeys(("class_weight", "patch_weight", "middle_weight", "logits_weight"), 0.0)
     for epochs in (4, EPOCHS):
-        yield Run("vit", "steer", epochs=epochs, changes=labels, note="coupled-heads-labels")
-        yield Run("vit", "steer", epochs=epochs, changes={**labels, **alone}, note="coupled-heads-labels-alone")
+        yield Run("vit", "steer", epochs=epochs, changes=coupled, note="coupled-heads-labels")
+        yield Run("vit", "steer", epochs=epochs, changes={**coupled, **alone}, note="coupled-heads-labels-alone")
 
 
 def is_of(record: dict[str, Any], run: Run) -> bool:
