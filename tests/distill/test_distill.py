@@ -255,6 +255,23 @@ class TestSteered:
         for name, value in first.model.state_dict().items():
             assert torch.equal(found[name], value), name
 
+    def test_then_trained_on_labels(self, teacher: str, tmp_path: Path) -> None:
+        """By the ordinary trainer, which takes the network of the run that it starts from."""
+        steered, out = str(tmp_path / "steered"), str(tmp_path / "out")
+        options = ["--data", "fashion-mnist-part", "--device", "cpu"]
+        done = run("--teacher", teacher, *options, "--init", "steer", "--epochs", "0", "--out", steered)
+        assert done.exit_code == 0, done.output
+        options += ["--batch-size", "4000", "--epochs", "1", "--out", out, "--start-from", steered]
+        trained = CliRunner().invoke(main, ["train", *options, "--set", "drop_path_rate=0.1", "--lr", "1e-5"])
+        assert trained.exit_code == 0, trained.output
+        first, last = load_model(steered), load_model(out)
+        assert last.spec.name == first.spec.name
+        assert last.spec.kwargs == {**first.spec.kwargs, "drop_path_rate": 0.1}
+        weights = first.model.state_dict()
+        assert all(torch.allclose(value, weights[name], atol=1e-3) for name, value in last.model.state_dict().items())
+        refused = CliRunner().invoke(main, ["train", "--data", "fashion-mnist-part", "--start-from", "nosuch"])
+        assert refused.exit_code == 2 and "nosuch: no such file" in refused.stderr
+
     def test_resumes_exactly(self, teacher: str, tmp_path: Path) -> None:
         outcomes = []
         for stop in (True, False):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Options that are not simply named after a field of the configuration.
 _NAMES = {"image_size": "--img-size", "model_kwargs": "--set", "teacher_kwargs": "--teacher-set"}
+#: Keywords of a network that follow from the images and their classes.
+_OF_THE_DATA = ("in_chans", "img_size", "num_classes")
 #: What the shell offers for the others.
 _COMPLETE = {
     "data": complete_data,
@@ -94,9 +96,10 @@ def command(
 ) -> None:
     """Train MODEL on labelled images.
 
-    MODEL is any name that timm knows, ours ("equiflop models" lists them) or its own; a recipe has one already. The
-    same command, run again after Ctrl-C, a crash or a power cut, goes on where it stopped and ends with the same
-    weights. Options on the command line go before those of the recipe.
+    MODEL is any name that timm knows, ours ("equiflop models" lists them) or its own; a recipe has one already, and
+    --start-from RUN goes on with the network of that run. The same command, run again after Ctrl-C, a crash or a power
+    cut, goes on where it stopped and ends with the same weights. Options on the command line go before those of the
+    recipe.
 
     \b
     A first try, two minutes on a laptop:
@@ -178,12 +181,23 @@ def options_of(
     for name, values in keywords.items():
         if values or name in options:
             options[name] = {**dict(options.get(name) or {}), **values}
+    if options["model"] is None and options.get("start_from"):
+        name, own = _network_of(options["start_from"])
+        options |= {"model": name, "model_kwargs": {**own, **dict(options.get("model_kwargs") or {})}}
     if options["model"] is None:
-        raise click.UsageError("give MODEL, or --recipe NAME with one")
+        raise click.UsageError("give MODEL, or --recipe NAME or --start-from RUN with one")
     if "data" not in options:
         raise click.UsageError(f"give --data: {', '.join(BUILT_IN)}, a folder, or timm's name of a data set")
     options.setdefault("out", str(Path(place.replace("MODEL", str(options["model"])))))
     return options
+
+
+def _network_of(run: str) -> tuple[str, dict[str, Any]]:
+    """Name of the network that a run trained, and its keywords but for those that the data decide."""
+    from equiflop.classify.weights import load_model
+
+    spec = load_model(run).spec
+    return spec.name, {key: value for key, value in spec.kwargs.items() if key not in _OF_THE_DATA}
 
 
 def _list_recipes() -> None:
