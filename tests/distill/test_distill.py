@@ -94,6 +94,14 @@ class TestLearning:
         assert after["test_agreement"] > before["test_agreement"] + 0.4
         assert after["test_accuracy"] > 0.6
 
+    def test_where_labels_alone_teach_accuracy_tells_the_best(self, teacher: str, tmp_path: Path) -> None:
+        weights = dict.fromkeys(("class_weight", "patch_weight", "middle_weight", "logits_weight"), 0.0)
+        trainer = DistillTrainer(config_for(teacher, tmp_path, **weights, label_weight=1.0), toy_data())
+        metrics = [record.metrics for record in trainer.run()]
+        assert all("test_error" not in each and "test_agreement" in each for each in metrics)
+        best = max(each["test_accuracy"] for each in metrics)
+        assert trainer.measurement.score(max(trainer.history, key=trainer.measurement.score)) == best
+
     def test_the_student_is_a_network_of_its_own(self, uninterrupted: DistillTrainer) -> None:
         trained = load_model(uninterrupted.out)
         assert trained.spec.name == f"twin:{NAME}" and trained.spec.kwargs["group"] == "flop"

@@ -38,8 +38,9 @@ class DistillTrainer(ClassifierTrainer):
 
     The student is ``twin:NAME`` with the teacher's keywords, those of ``config.model_kwargs`` on top. Its classes are
     the teacher's. After every epoch it is measured on the test images: ``error``, the weighted sum of the terms that
-    need no labels (the lowest is the best epoch); ``agreement``, how often its class is that of the teacher's averaged
-    answers; and ``accuracy``, where the data have the teacher's classes.
+    need no labels (the lowest is the best epoch; where labels alone teach there is none, and the highest accuracy is);
+    ``agreement``, how often its class is that of the teacher's averaged answers; and ``accuracy``, where the data have
+    the teacher's classes.
 
     Args:
         config: the run.
@@ -101,6 +102,8 @@ class DistillTrainer(ClassifierTrainer):
                 f"class_weight={config.class_weight}: {self.teacher.source} has no class token; let one of "
                 "patch_weight, middle_weight, logits_weight and label_weight be above 0"
             )
+        if not any((self.teacher.class_tokens and config.class_weight, *others[:3])):
+            self.best = "accuracy"  # labels alone teach
         if config.drop_path:
             keywords["drop_path_rate"] = config.drop_path
         keywords = {**keywords, **config.model_kwargs}
@@ -177,7 +180,8 @@ class DistillTrainer(ClassifierTrainer):
         weighted, agreed, correct, images, unreadable = self.processes.total(sums).tolist()
         if not images:
             raise ValueError(f"none of the {len(self.data.test):,} test images can be read")
-        found = {"error": weighted / images, "unreadable": int(unreadable)}
+        found: dict[str, float] = {} if self.best == "accuracy" else {"error": weighted / images}
+        found["unreadable"] = int(unreadable)
         if self.spec.classes:
             found["agreement"] = agreed / images
         if self.spec.classes and self.knows_labels:
@@ -210,7 +214,9 @@ class DistillTrainer(ClassifierTrainer):
         """See :meth:`equiflop.classify.ClassifierTrainer.results`."""
         networks = [("test", ""), ("ema", " of the averaged weights")]
         return [
-            f"test: {_in_words(metrics, prefix)}{whose}" for prefix, whose in networks if f"{prefix}_error" in metrics
+            f"test: {_in_words(metrics, prefix)}{whose}"
+            for prefix, whose in networks
+            if f"{prefix}_unreadable" in metrics
         ]
 
     def summary(self, record: EpochRecord) -> str:
@@ -225,5 +231,6 @@ class DistillTrainer(ClassifierTrainer):
 
 def _in_words(metrics: dict[str, float], prefix: str) -> str:
     shares = [name for name in ("agreement", "accuracy") if f"{prefix}_{name}" in metrics]
-    parts = [f"error {metrics[f'{prefix}_error']:.4f}"]
+    error = metrics.get(f"{prefix}_error")
+    parts = [] if error is None else [f"error {error:.4f}"]
     return ", ".join([*parts, *(f"{name} {100 * metrics[f'{prefix}_{name}']:.2f} %" for name in shares)])
