@@ -45,7 +45,8 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
     keywords = {**KEYWORDS[run.family], **WIDTHS[run.family, run.width]}
     model = MODELS[run.family]
     config: TrainConfig
-    if run.kind == "teacher":
+    if run.kind in ("teacher", "plain"):
+        common |= {} if run.kind == "teacher" else {"start_from": str(run.teacher)}
         config = TrainConfig(model=model, model_kwargs=keywords, **common)
     elif run.kind == "scratch":
         keywords |= {"group": "flop", **run.changes.get("model_kwargs", {})}
@@ -78,7 +79,9 @@ def execute(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
         "train_loss": trainer.history[-1].train_loss if run.epochs else None,
         "train_seconds": sum(record.seconds for record in trainer.history),
         "epochs": [record.to_dict() for record in trainer.history],
-        "config": config.to_dict() | {"out": run.name, "teacher": run.teacher.name if run.kind in STARTS else ""},
+        "config": config.to_dict()
+        | {"out": run.name, "teacher": run.teacher.name if run.kind in STARTS else ""}
+        | ({"start_from": run.teacher.name} if run.kind == "plain" else {}),
         "machine": describe_machine(torch.device("cpu")) | {"command": "python studies/distill.py run"},
     }
 

@@ -32,7 +32,12 @@ WIDTHS: dict[tuple[str, str], dict[str, Any]] = {
     ("convnext", "1"): {"dims": [32, 64, 128, 256]},
     ("convnext", "3/4"): {"dims": [24, 48, 96, 192]},
 }
-STARTS = {"scratch": "no teacher", "random": "random", "steer": "steer"}
+STARTS = {
+    "plain": "the plain network, from the teacher's weights",
+    "scratch": "no teacher",
+    "random": "random",
+    "steer": "steer",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Run:
 
     Attributes:
         family: "vit" or "convnext".
-        kind: "teacher", "scratch" (the twin trained on labels), "random" or "steer" (distilled, from these weights).
+        kind: "teacher", "plain" (the teacher trained on), "scratch" (the twin trained on labels), "random" or "steer"
+            (distilled, from these weights).
         width: of the student in terms of the teacher's, "1" or "3/4".
         epochs: how long it is trained.
         seed: decides everything random.
@@ -149,6 +155,8 @@ def _variations() -> Iterator[Run]:
     labels: dict[str, Any] = {"label_weight": 1.0}
     for family in MODELS:
         yield Run(family, "random", epochs=4, changes=labels, note="labels")
+    for epochs in (4, EPOCHS):
+        yield Run("vit", "plain", epochs=epochs)
     coupled = {**labels, "model_kwargs": {**WIDTHS["vit", "1"], "heads": "coupled"}}
     alone = dict.fromkeys(("class_weight", "patch_weight", "middle_weight", "logits_weight"), 0.0)
     for epochs in (4, EPOCHS):
