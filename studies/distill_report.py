@@ -14,6 +14,8 @@ COLOURS = {
     ("random", ""): "tab:blue",
     ("steer", ""): "tab:orange",
     ("steer", "coupled-heads"): "tab:red",
+    ("steer", "coupled-heads-labels-alone"): "tab:purple",
+    ("plain", ""): "black",
 }
 
 

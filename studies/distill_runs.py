@@ -33,7 +33,7 @@ WIDTHS: dict[tuple[str, str], dict[str, Any]] = {
     ("convnext", "3/4"): {"dims": [24, 48, 96, 192]},
 }
 STARTS = {
-    "plain": "the plain network, from the teacher's weights",
+    "plain": "plain network, trained on",
     "scratch": "no teacher",
     "random": "random",
     "steer": "steer",
