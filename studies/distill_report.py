@@ -117,7 +117,7 @@ def _layers(teachers: dict[str, dict[str, Any]]) -> str:
 def _draw(groups: dict[Run, list[dict[str, Any]]], teachers: dict[str, dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     for axes, family in zip(figure.subplots(1, len(teachers), squeeze=False)[0], teachers, strict=True):
         goal = 100 * teachers[family]["accuracy_both_views"]
         axes.axhline(goal, color="black", linestyle=":", label="teacher, both views")
@@ -143,5 +143,6 @@ def _draw(groups: dict[Run, list[dict[str, Any]]], teachers: dict[str, dict[str,
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy in %")
-    figure.axes[0].legend(fontsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(HERE / "accuracy.png", dpi=120)
