@@ -137,7 +137,7 @@ def macs(model: nn.Module, input_size: tuple[int, ...] | tuple[tuple[int, ...], 
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    with _evaluating(model), _hooks(model, counted, made), torch.no_grad(), made:
+    with evaluating(model), _hooks(model, counted, made), torch.no_grad(), made:
         inputs = tuple(torch.empty(1, *shape, dtype=dtype, device="meta") for shape in shapes)
         torch.func.functional_call(model, state, inputs)
     types = {name: type(module).__name__ for name, module in model.named_modules()}
@@ -170,7 +170,8 @@ def _input_shape(model: nn.Module, input_size: Any) -> tuple[int, ...]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a network in evaluation mode, and then every module in its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

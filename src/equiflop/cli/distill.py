@@ -10,7 +10,7 @@ import click
 
 from equiflop.cli.completion import complete_groups, complete_models, complete_recipes
 from equiflop.cli.options import amp_option, json_option, resume_option
-from equiflop.cli.train import TrainCommand, carry_out, options_of
+from equiflop.cli.train import TrainCommand, carry_out, network_of, options_of
 
 if TYPE_CHECKING:
     from equiflop.distill.config import DistillConfig
@@ -83,7 +83,7 @@ def command(
         *([("group", group)] if group else []),
         *([("embed_dim", width)] if width else []),
     ]
-    name = name or _network_of(given["teacher"])
+    name = name or (network_of(given["teacher"])[0] if given["teacher"] else None)
     if name is None:
         raise click.UsageError("give the NAME of a trained network of timm, or --teacher RUN")
     options = options_of(name, recipe, amp, given, DistillConfig, DistillCommand.place)
@@ -123,12 +123,3 @@ def _report(config: DistillConfig, plot: str | None, as_json: bool) -> None:
     if plot is not None:
         draw_report(found, Path(plot))
     click.echo(json.dumps(found.as_dict(), indent=2) if as_json else str(found))
-
-
-def _network_of(teacher: str | None) -> str | None:
-    """The name of the plain network that a run trained."""
-    if not teacher:
-        return None
-    from equiflop.classify.weights import load_model
-
-    return load_model(Path(teacher)).spec.name

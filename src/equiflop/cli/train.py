@@ -182,7 +182,7 @@ def options_of(
         if values or name in options:
             options[name] = {**dict(options.get(name) or {}), **values}
     if options["model"] is None and options.get("start_from"):
-        name, own = _network_of(options["start_from"])
+        name, own = network_of(options["start_from"])
         options |= {"model": name, "model_kwargs": {**own, **dict(options.get("model_kwargs") or {})}}
     if options["model"] is None:
         raise click.UsageError("give MODEL, or --recipe NAME or --start-from RUN with one")
@@ -192,7 +192,7 @@ def options_of(
     return options
 
 
-def _network_of(run: str) -> tuple[str, dict[str, Any]]:
+def network_of(run: str) -> tuple[str, dict[str, Any]]:
     """Name of the network that a run trained, and its keywords but for those that the data decide."""
     from equiflop.classify.weights import load_model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from equiflop.distill.config import DistillConfig
 from equiflop.distill.teacher import PlainTeacher
 from equiflop.models import equivariant_models
 from equiflop.models.entry_points import TWIN
+from equiflop.models.keywords import known_keywords
 
 #: Keywords of a network that say nothing of a teacher, and what to do in their place.
 _NOT_OF_TEACHERS = {
@@ -92,12 +92,10 @@ def _check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
             f"teacher_kwargs: num_classes={keywords['num_classes']!r}: the teacher's weights decide it; 0 leaves its "
             "classifier out, and its embedding teaches"
         )
-    with torch.device("meta"):
-        kind = type(timm.create_model(name))
-    known = inspect.signature(kind.__init__).parameters.keys() - _NOT_OF_TEACHERS.keys()
+    known = set(known_keywords(name)) - _NOT_OF_TEACHERS.keys()
     for key in keywords.keys() - known:
         close = get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(known - {'self'}))}"
+        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(known))}"
         if key == "img_size":
             hint = "say --img-size"
         raise ValueError(

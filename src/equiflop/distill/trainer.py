@@ -202,13 +202,9 @@ class DistillTrainer(ClassifierTrainer):
         correct = float((found.logits.argmax(dim=1) == labels).sum()) if self.knows_labels else 0.0
         return torch.tensor([error * len(images), agreed, correct, len(images)], dtype=torch.float64)
 
-    def write_weights(self) -> Path:
-        """Write the student's final weights as ``model.safetensors``, without what read its features."""
-        with self.session():
-            self.folder.step_succeeded()
-            weights = bare_weights(self.learner.final_weights(), self.config)
-            self.folder.write_weights(cast(dict[str, Tensor], weights), self.about)
-        return self.folder.weights
+    def _final_weights(self) -> dict[str, Tensor]:
+        """The student's, without what read its features."""
+        return cast(dict[str, Tensor], bare_weights(super()._final_weights(), self.config))
 
     def results(self, metrics: dict[str, float]) -> list[str]:
         """See :meth:`equiflop.classify.ClassifierTrainer.results`."""

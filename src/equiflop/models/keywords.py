@@ -36,12 +36,13 @@ def keyword_problem(
     if unknown is None or unknown[1] not in keywords:
         return None
     key = unknown[1]
-    valid = sorted(set(known() if known is not None else _keywords_of(name)) - _NOT_FOR_CALLERS - {key})
+    valid = sorted(set(known() if known is not None else known_keywords(name)) - _NOT_FOR_CALLERS - {key})
     close = get_close_matches(key, valid, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"it takes {', '.join(valid)}"
     return f"model={name!r} takes no {key}={keywords[key]!r}; {hint}"
 
 
-def _keywords_of(name: str) -> Iterable[str]:
+def known_keywords(name: str) -> Iterable[str]:
+    """Keywords of the class that timm makes by a name."""
     with torch.device("meta"):
         return inspect.signature(type(timm.create_model(name))).parameters

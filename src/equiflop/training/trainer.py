@@ -93,8 +93,7 @@ class Trainer:
         self.model = model
         self.learner = Learner(model, objective, config, self.processes, self.plan.steps)
         self.measurement = Measurement(measure, best)
-        self.epoch = 0
-        self.step = 0
+        self.epoch, self.step = 0, 0
         self.history: list[EpochRecord] = []
         self._running = Sums()
         self._unreadable: list[str] = []
@@ -253,12 +252,7 @@ class Trainer:
         return record
 
     def measure(self) -> dict[str, float]:
-        """What is measured of the network as it is, ``test_`` before the names; of averaged weights too, ``ema_``.
-
-        Raises:
-            TypeError: if what is given is no number.
-            ValueError: if the number that tells the best epoch is not among them, or the measurement fails.
-        """
+        """What :class:`Measurement` tells of the network as it is, and of the averaged weights."""
         return self.processes.broadcast(self.measurement.of(self.learner.networks))
 
     def summary(self, record: EpochRecord) -> str:
@@ -290,8 +284,11 @@ class Trainer:
         """Write the final weights as ``model.safetensors``, those averaged where there are any."""
         with self.session():
             self.folder.step_succeeded()
-            self.folder.write_weights(self.learner.final_weights(), self.about)
+            self.folder.write_weights(self._final_weights(), self.about)
         return self.folder.weights
+
+    def _final_weights(self) -> dict[str, Tensor]:
+        return self.learner.final_weights()
 
     def remove_checkpoints(self) -> None:
         """Remove the training states in the run's folder, the best among them.

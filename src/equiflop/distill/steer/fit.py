@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equiflop import nn as enn
+from equiflop.counting import evaluating
 from equiflop.distill.steer.involution import Stream
-from equiflop.distill.steer.observe import token_places
+from equiflop.distill.steer.observe import token_places, watch
 from equiflop.kernels import layout_of, split
 from equiflop.kernels.orders import read
 
@@ -143,14 +144,12 @@ def fit_blocks(student: Any, teacher: Any, stream: Stream, images: Iterable[Tens
         cross-validated, what is in front of the block's last map being fitted to all images.
     """
     home = next(student.parameters()).device
-    modes = {module: module.training for module in student.modules()}
-    student.to(next(teacher.parameters()).device).eval()
+    student.to(next(teacher.parameters()).device)
     try:
-        return _fitted(student, teacher, stream, images)
+        with evaluating(student):
+            return _fitted(student, teacher, stream, images)
     finally:
         student.to(home)
-        for module, training in modes.items():
-            module.training = training
 
 
 def _fitted(student: Any, teacher: Any, stream: Stream, images: Iterable[Tensor]) -> tuple[float, ...]:
@@ -174,21 +173,10 @@ def _fitted(student: Any, teacher: Any, stream: Stream, images: Iterable[Tensor]
             fitted = LeastSquares(last)
             for at in streams:
                 at[:2] = [x + scale(branch(norm(x))) for x in at[:2]]
-                seen, added = _watched(last, own_branch, own_norm(at[2]))
+                (seen,), added = watch(own_branch, own_norm(at[2]), [last])
                 fitted.add(seen, wanted(*at[:2]) - at[2] - added)
             lacking = fitted.correct()
             for at in streams:
                 at[2] = at[2] + own_branch(own_norm(at[2]))
         errors.append(lacking / sum(float(wanted(x, y).square().sum()) for x, y, _ in streams))
     return tuple(errors)
-
-
-def _watched(module: nn.Module, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a module is given while a network sees ``x``, and what the network gives."""
-    seen: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        out: Tensor = network(x)
-    finally:
-        hook.remove()
-    return seen[0], out

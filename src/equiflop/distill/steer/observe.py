@@ -128,8 +128,9 @@ def observe(model: Any, images: Iterable[Tensor], group: ImageGroup) -> Observat
         watched += [(block.attn.proj, heads), (block.mlp.fc2, units)]
     places = token_places(model, group, device)
     for batch in (part for given in images for part in given.split(AT_ONCE)):
-        here = _inputs(model, batch, [module for module, _ in watched])
-        there = _inputs(model, group.act_on_image(1, batch), [module for module, _ in watched])
+        here, there = (
+            watch(model, view, [module for module, _ in watched])[0] for view in (batch, group.act_on_image(1, batch))
+        )
         for (_, moments), x, y in zip(watched, here, there, strict=True):
             moments.add(x, y if y.ndim == 2 else y[:, places])
     if not found.stream[next(iter(found.stream))].count:
@@ -144,8 +145,8 @@ def token_places(model: Any, group: ImageGroup, device: torch.device) -> Tensor:
     return torch.cat([prefix, places + len(prefix)])
 
 
-def _inputs(model: Any, images: Tensor, modules: list[nn.Module]) -> list[Tensor]:
-    """What modules are given while a network sees images."""
+def watch(network: Any, x: Tensor, modules: list[nn.Module]) -> tuple[list[Tensor], Tensor]:
+    """What modules are given while a network sees ``x``, and what the network gives."""
     seen: dict[int, Tensor] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -153,8 +154,8 @@ def _inputs(model: Any, images: Tensor, modules: list[nn.Module]) -> list[Tensor
 
     hooks = [module.register_forward_pre_hook(note) for module in modules]
     try:
-        model(images)
+        out: Tensor = network(x)
     finally:
         for hook in hooks:
             hook.remove()
-    return [seen[id(module)] for module in modules]
+    return [seen[id(module)] for module in modules], out

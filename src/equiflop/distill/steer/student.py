@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from equiflop import nn as enn
+from equiflop.counting import evaluating
 from equiflop.distill.steer.checks import check_student
 from equiflop.distill.steer.fit import fit_blocks
 from equiflop.distill.steer.heads import Heads, alike_heads, filled
@@ -73,13 +74,8 @@ def steer(
         ValueError: if teacher or student are of a kind that this cannot read or write, or images are unfit.
     """
     check_student(student, teacher, source)
-    modes = {module: module.training for module in teacher.modules()}
-    teacher.eval()
-    try:
+    with evaluating(teacher):
         return _steered(student, teacher, _batches(images, next(teacher.parameters())), fit)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _batches(images: Iterable[Tensor], weight: Tensor) -> list[Tensor]:
