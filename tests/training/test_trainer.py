@@ -322,7 +322,8 @@ def test_two_processes_make_the_losses_of_one(tmp_path: Path) -> None:
         command = [sys.executable, *(launcher if count > 1 else []), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
         assert done.returncode == 0, done.stderr
-    one, *others = ([*csv.DictReader((tmp_path / name / "log.csv").open())] for name in ("one", "two", "fsdp"))
+    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("one", "two", "fsdp")]
+    one, *others = (list(csv.DictReader(log)) for log in logs)
     reference = load_file(tmp_path / "one" / "model.safetensors")
     for name, other in zip(("two", "fsdp"), others, strict=True):
         for mine, theirs in zip(one, other, strict=True):
