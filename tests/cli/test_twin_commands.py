@@ -34,8 +34,16 @@ def test_training_a_twin_and_what_comes_of_it(tmp_path: Path) -> None:
     model = loaded.model.eval()
     images = torch.randn(2, *loaded.spec.preprocessing.input_size)
     assert torch.equal(model(images).argmax(1), model(images.flip(-1)).argmax(1))
-    checked = run("check", "twin:vit_small_patch16_224", "--checkpoint", out)
-    assert checked.exit_code == 0, checked.output
+    ways = ([out], ["twin:vit_small_patch16_224", "--checkpoint", out], ["twin:vit_small_patch16_224", *SMALL])
+    checked = [run("check", *arguments, "--json") for arguments in ways]
+    assert [result.exit_code for result in checked] == [0, 0, 0], [result.output for result in checked]
+    by_run, by_name, random_weights = (json.loads(result.stdout) for result in checked)
+    assert by_run == by_name
+    assert by_run["model"] == random_weights["model"] and by_run["elements"] != random_weights["elements"]
+    refused = run("check", out, "--set", "depth=2")
+    assert refused.exit_code == 2 and "--set does not apply to" in refused.output
+    other = run("check", "twin:vit_tiny_patch16_224", "--checkpoint", out)
+    assert other.exit_code == 2 and "holds weights of twin:vit_small_patch16_224" in other.output
 
 
 def test_a_twin_is_timed_beside_its_plain_network(tmp_path: Path) -> None:

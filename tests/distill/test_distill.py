@@ -760,7 +760,7 @@ def test_command(teacher: str, tmp_path: Path) -> None:
         result = run(*arguments)
         assert result.exit_code == 0, result.output
         assert "agreement" in result.stdout and "accuracy" not in result.stdout
-    checked = CliRunner().invoke(main, ["check", f"twin:{NAME}", "--checkpoint", str(tmp_path / "out")])
+    checked = CliRunner().invoke(main, ["check", str(tmp_path / "out")])
     assert checked.exit_code == 0, checked.output
 
 
