@@ -206,6 +206,20 @@ def test_the_plain_twin_of_a_run_has_its_sizes(tmp_path: Path) -> None:
     assert sum(p.numel() for p in _plain_of(Subject.of(tmp_path / "grey.safetensors")).model.parameters()) == small
 
 
+def _int8_weights(path: Path) -> list[np.ndarray]:
+    """Matrices and kernels of a file for ONNX Runtime or OpenVINO that are stored as int8."""
+    if path.suffix == ".onnx":
+        import onnx
+
+        tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
+    else:
+        import openvino
+
+        nodes = openvino.Core().read_model(path).get_ops()
+        tensors = [node.get_data() for node in nodes if node.get_type_name() == "Constant"]
+    return [tensor for tensor in tensors if tensor.dtype == np.int8 and tensor.ndim > 1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["onnx", pytest.param("openvino", marks=has_openvino)])
 @pytest.mark.parametrize("group", ["flop", "octic"])
@@ -216,6 +230,7 @@ def test_int8_mirrors(to: str, group: str, photos: str, tmp_path: Path, capsys: 
         made = export(model, path, to, "int8", data=photos, dynamic_batch=True)
     assert capsys.readouterr().out == ""  # quantisers show their progress on standard output
     assert made.proof.share is not None and made.proof.share > 0.9
+    assert max(int(np.abs(weight.astype(int)).max()) for weight in _int8_weights(path)) == 64
     # To the last bit, but for values that lie between two steps, which the order of softmax's float sum moves to one or
     # the other, and in ONNX Runtime for those beyond the range that was found: it counts to -128, but to 127.
     images = proof.sample_images(Subject.of(model), photos, 21).images

@@ -39,6 +39,9 @@ def test_int8_mirrors(to: str, group: str, tmp_path: Path) -> None:
     # all but attention and, for eight elements, the transforms, which are products with ones: 2 and 12 a block
     assert made.proof.share < 1.0
     assert 1e-4 < made.proof.difference < 0.2
+    if to == "torch-export":
+        weights = [value for value in torch.export.load(made.path).state_dict.values() if value.dtype == torch.int8]
+        assert max(int(weight.abs().max()) for weight in weights) == 64
     runner = TARGETS[to].load(made.path, "int8")
     noise = torch.randn(20, 3, 32, 32)
     answers = [runner(images.numpy()) for images in (noise, noise.flip(-1))]

@@ -20,6 +20,11 @@ Runner = Callable[[np.ndarray], np.ndarray]
 #: The version of ONNX's operators: the first with an operator for attention.
 OPSET = 23
 
+#: Largest int8 weight. x86 processors without VNNI (AMD before Zen 4, Intel before Cascade Lake) multiply activations,
+#: with 128 added up to 255, by weights, and cut the sum of two such products to 16 bits: 2 * 255 * 64 still fits.
+#: Where weights reach 127, sums of one sign are cut and those of the other are not, and mirror images differ.
+LARGEST_WEIGHT = 64
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -110,6 +110,7 @@ def _quantised(model: Any, settings: Settings) -> Any:
             _Calibration(name, settings.calibration, fixed or 1),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
+            reduce_range=True,  # weights from -64 to 64, see LARGEST_WEIGHT
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm", "Conv"],

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from equiflop.deploy.targets.base import Runner, Settings, Target, batches, onnx_program
+from equiflop.deploy.targets.base import LARGEST_WEIGHT, Runner, Settings, Target, batches, onnx_program
 
 
 class OpenVino(Target):
@@ -77,6 +77,8 @@ class OpenVino(Target):
 
 def _quantised_by_nncf(model: Any, settings: Settings) -> Any:
     import nncf
+    from nncf.openvino.quantization.backend_parameters import BackendParameters
+    from openvino._offline_transformations import compress_quantize_weights_transformation
 
     assert settings.calibration is not None
     batch = model.inputs[0].partial_shape[0]
@@ -88,25 +90,31 @@ def _quantised_by_nncf(model: Any, settings: Settings) -> Any:
         preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(parts),
-        # Corrected biases would give sign-flipping channels one; the overflow fix has one more step on one side.
+        # Corrected biases would give sign-flipping channels one; the overflow fix, and so the compressing of weights,
+        # is left to _balance, since NNCF's has one more step on one side.
         advanced_parameters=nncf.AdvancedQuantizationParameters(
-            disable_bias_correction=True, overflow_fix=nncf.OverflowFix.DISABLE
+            disable_bias_correction=True,
+            overflow_fix=nncf.OverflowFix.DISABLE,
+            backend_params={BackendParameters.COMPRESS_WEIGHTS: False},
         ),
     )
     _balance(model)
+    compress_quantize_weights_transformation(model)
     return model
 
 
 def _balance(model: Any) -> None:
-    """Leave the step -128 of activations out, so that there are as many below zero as above."""
+    """Quantise to as many steps below zero as above: -127 to 127 for activations, -64 to 64 for weights."""
     from openvino import opset13 as ops
 
     for node in model.get_ordered_ops():
-        if node.get_type_name() != "FakeQuantize" or node.get_attributes()["levels"] != 256:
+        if node.get_type_name() != "FakeQuantize":
             continue
         low, high = (node.input_value(i).get_node().get_data() for i in (1, 2))
         if not (low < 0).all():
             continue
+        if node.input_value(0).get_node().get_type_name() == "Constant":
+            high = high * (127 / LARGEST_WEIGHT)  # half of the steps are never used
         narrow = ops.fake_quantize(node.input_value(0), -high, high, -high, high, 255, name=node.get_friendly_name())
         node.output(0).replace(narrow.output(0))
 

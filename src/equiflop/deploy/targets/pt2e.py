@@ -1,6 +1,6 @@
 """int8 for PyTorch's graphs, by torchao's PT2E: which ranges, and how they are found.
 
-All ranges are symmetric, -127 to 127 steps around zero, so that a flipped sign stays one.
+All ranges are symmetric, -127 to 127 steps around zero, so that a flipped sign stays one; weights for x86 -64 to 64.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from equiflop.deploy.targets.base import LARGEST_WEIGHT
 
 aten = torch.ops.aten
 
@@ -27,7 +29,8 @@ def ranges(unsigned: bool = False) -> Any:
     """How activations and weights are counted: per tensor and per output channel, both symmetric.
 
     Args:
-        unsigned: whether activations are stored with 128 added, 1 to 255, as x86 multiplies them.
+        unsigned: whether activations are stored with 128 added, 1 to 255, as x86 multiplies them; weights are then no
+            larger than :data:`LARGEST_WEIGHT`.
     """
     from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
@@ -43,8 +46,11 @@ def ranges(unsigned: bool = False) -> Any:
         qscheme=torch.per_tensor_symmetric,
         observer_or_fake_quant_ctr=(Unsigned if unsigned else MinMaxObserver).with_args(eps=SMALLEST_STEP),
     )
+    largest = LARGEST_WEIGHT if unsigned else 127
     weights = QuantizationSpec(
-        **signed,
+        dtype=torch.int8,
+        quant_min=-largest,
+        quant_max=largest,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=SMALLEST_STEP),
