@@ -22,6 +22,7 @@ from equiflop.classify import ModelSpec
 from equiflop.classify.weights import load_model, save_weights
 from equiflop.cli.main import main
 from equiflop.data import Preprocessing
+from equiflop.distill import DistillConfig
 from equiflop.hub import publish
 from equiflop.hub.card import data_name
 from oracles import scramble
@@ -141,6 +142,25 @@ def test_what_is_not_known_is_not_claimed(tmp_path: Path) -> None:
     data = front_matter(card)
     assert data.license is None and data.metrics is None and data.eval_results is None
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]["license"] is None
+
+
+@pytest.mark.parametrize("teacher", ["deit3_small_patch16_224", "deit3_small_patch16_224.fb_in22k_ft_in1k"])
+def test_a_student_names_the_weights_of_its_teacher(teacher: str, tmp_path: Path) -> None:
+    """Who uses a student has to know whose weights it comes from, and under which licence they are."""
+    name = f"twin:{teacher.partition('.')[0]}"
+    model, file = saved(name, tmp_path / "model.safetensors", **KEYWORDS[VIT])
+    spec = load_model(file).spec
+    about = timm.get_pretrained_cfg(teacher)
+    tagged = f"{about.architecture}.{about.tag}"
+    sources: list[dict[str, Any]] = [{}, {"teacher": "runs/x"}, {"teacher_checkpoint": "mine.pth"}]
+    for number, told in enumerate(sources):
+        knows = not told
+        save_weights(file, model.state_dict(), spec, DistillConfig(model=teacher, data="photos", out="x", **told))
+        card = (publish(file, tmp_path / str(number), licence="mit").path / "README.md").read_text()
+        assert (f"| distilled from | `{tagged}` of timm |" in card) == knows
+        assert ("| licence | mit (the teacher's: apache-2.0) |" in card) == knows
+        assert front_matter(card).base_model == (f"timm/{tagged}" if knows else None)
+        assert "distilled from another network" in card
 
 
 def test_accuracy_and_mirrored_answers_are_measured_on_data(tmp_path: Path) -> None:

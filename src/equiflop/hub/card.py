@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
 import equiflop
@@ -58,6 +59,7 @@ class Facts:
         measured: how good it is; None if nobody measured it.
         trained: how it was trained; None if that is not known.
         licence: of the weights; None if it is not stated.
+        teacher: whose weights of timm it was distilled from; None if it was not, or from a file or a run.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Facts:
     measured: Measured | None
     trained: TrainConfig | None
     licence: str | None
+    teacher: PretrainedCfg | None = None
 
     @classmethod
     def of(cls, trained: TrainedModel, measured: Measured | None, licence: str | None) -> Facts:
@@ -90,6 +93,7 @@ class Facts:
             measured=measured,
             trained=trained.config,
             licence=licence,
+            teacher=_teacher(trained.config),
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -103,7 +107,11 @@ class Facts:
         rows = [("model", f"`{self.name}`"), ("group", self.group or "none: a plain network")]
         rows += [("input", f"{channels} x {height} x {width}"), ("classes", f"{self.classes or 'none: features'}")]
         rows += [("parameters", parameters), ("multiply-adds of one image", macs), *self._accuracy()]
-        return [*rows, ("licence", self.licence or "not stated")]
+        licence = self.licence or "not stated"
+        if self.teacher is not None:
+            rows.append(("distilled from", f"`{self.teacher.architecture}.{self.teacher.tag}` of timm"))
+            licence += f" (the teacher's: {self.teacher.license or 'not stated'})"
+        return [*rows, ("licence", licence)]
 
     def _accuracy(self) -> list[tuple[str, str]]:
         if not self.classes:
@@ -138,6 +146,7 @@ def model_card(facts: Facts, repository: str) -> str:
         library_name="timm",
         pipeline_tag=task,
         license=facts.licence,
+        base_model=facts.teacher and facts.teacher.hf_hub_id,
         metrics=["accuracy"] if results else None,
         model_name=facts.name if results else None,
         eval_results=results,
@@ -213,6 +222,16 @@ def data_name(data: str) -> str:
     if not data or data.startswith(("torch/", "hfds/")):
         return data
     return Path(data).expanduser().resolve().name
+
+
+def _teacher(config: TrainConfig | None) -> PretrainedCfg | None:
+    """What timm says of the weights that taught a student; None of others."""
+    if config is None or not getattr(config, "distills", False):
+        return None
+    if config.teacher or getattr(config, "teacher_checkpoint", ""):
+        return None
+    found = get_pretrained_cfg(config.model)
+    return found if found is not None and found.tag else None
 
 
 def _plain_twin(trained: TrainedModel) -> tuple[str, int, int] | None:
