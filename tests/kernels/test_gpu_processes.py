@@ -60,7 +60,7 @@ for way in ("ddp", "fsdp"):
     for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
         grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         assert relative_error(grad, q.grad) < 1e-4, (way, name)
-print("ok", rank)
+print("ok")
 leave()
 """
 
@@ -80,4 +80,4 @@ def test_gradients_are_those_of_one_process(name: str, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert sorted(done.stdout.split()) == ["0", "1", "ok", "ok"]
+    assert done.stdout.count("ok") == 2  # the processes may write into one line
