@@ -73,7 +73,7 @@ class Facts:
     measured: Measured | None
     trained: TrainConfig | None
     licence: str | None
-    teacher: PretrainedCfg | None = None
+    teacher: PretrainedCfg | None
 
     @classmethod
     def of(cls, trained: TrainedModel, measured: Measured | None, licence: str | None) -> Facts:
