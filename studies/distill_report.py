@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -81,7 +82,7 @@ def _students(groups: dict[Run, list[dict[str, Any]]], teachers: dict[str, dict[
             spread(shares),
             f"{goal - sum(shares) / len(shares):.2f}",
             spread([100 * record["agreement"] for record in records]),
-            f"{sum(record['train_seconds'] for record in records) / len(records) / 60:.1f}",
+            f"{statistics.median(record['train_seconds'] for record in records) / 60:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
